@@ -1,0 +1,35 @@
+"""Arguments that several subcommands share, and what their values mean."""
+
+from __future__ import annotations
+
+import argparse
+
+from hat_runtime.errors import UsageError
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16") -> None:
+    """--dtype float32|bfloat16."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=default,
+        help=f"number format for the computation (default {default}; both sides must use the same)",
+    )
+
+
+def add_logging(parser: argparse.ArgumentParser) -> None:
+    """--log-level and --log-format."""
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="one line of text or of JSON")
+
+
+def parse_host_port(value: str, option: str) -> tuple[str, int]:
+    """"HOST:PORT" -> (host, port); port 0 asks for a free one.
+
+    Raises:
+        UsageError: names `option` and echoes the value.
+    """
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"{option}: {value!r} is not HOST:PORT (for example 127.0.0.1:7070)")
+    return host.strip("[]"), int(port)

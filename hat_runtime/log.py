@@ -1,0 +1,55 @@
+"""Logging: text for people, JSON for machines, with the id of the request that a line belongs to.
+
+No prompt, token id or hidden state is ever logged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import datetime, timezone
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""The request that the current task works for; the same id on device and cloud."""
+
+
+class _RequestIdFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "request_id"):
+            record.request_id = request_id.get()
+        return True
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "request_id": getattr(record, "request_id", "-"),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def setup(level: str = "info", style: str = "text") -> None:
+    """Send all logging to standard error.
+
+    Args:
+        level: "debug", "info", "warning" or "error".
+        style: "text" or "json" (one object a line).
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_RequestIdFilter())
+    handler.setFormatter(
+        _JsonFormatter()
+        if style == "json"
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for noisy in ("httpx", "urllib3", "filelock", "asyncio", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
