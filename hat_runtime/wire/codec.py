@@ -34,10 +34,10 @@ def encode(hidden: torch.Tensor) -> bytes:
     return rows.view(torch.uint8).numpy().tobytes()
 
 
-def decode(payload: bytes, n: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
+def decode(payload: bytes | bytearray, n: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Payload bytes -> hidden states [n, hidden_size] of `dtype` on the CPU.
 
-    A `bytes` payload is read without a copy: the tensor must not be written to.
+    A bytearray is used as it is, without a copy; bytes are copied once.
 
     Raises:
         ValueError: the payload has not exactly n rows of hidden_size elements.
@@ -49,4 +49,5 @@ def decode(payload: bytes, n: int, hidden_size: int, dtype: torch.dtype) -> torc
         )
     if n == 0:
         return torch.empty(0, hidden_size, dtype=dtype)
-    return torch.frombuffer(payload, dtype=dtype).view(n, hidden_size)
+    writable = payload if isinstance(payload, bytearray) else bytearray(payload)
+    return torch.frombuffer(writable, dtype=dtype).view(n, hidden_size)
