@@ -1,0 +1,93 @@
+# HAT: what a user and a developer do. `make` lists the targets.
+# Needs Python 3.11 or later, git and make; everything else is installed into .venv and .cache of this folder.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+STAMP := .venv/.hat-synced
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Prompts for the long checks and benchmarks: a folder with the report files (benchmarks/fetch_data.py gets them).
+export HAT_DATA
+
+# Options of a target's command, for example: make demo ARGS='--link 10mbit,80ms'
+ARGS ?=
+
+.PHONY: help
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##@ use
+
+.PHONY: demo
+demo: $(STAMP)  ## answer a question with a real model split between two processes
+	@$(BIN)/hat demo $(ARGS)
+
+.PHONY: env
+env: $(STAMP)  ## install everything into .venv
+
+$(STAMP): pyproject.toml uv.lock
+	@scripts/uv sync --frozen --all-extras
+	@touch $@
+
+##@ checks, as CI runs them
+
+.PHONY: test
+test: $(STAMP)  ## all checks and tests, the fast ones first
+	@$(BIN)/python scripts/check.py $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP)  ## format, lint, import contracts
+	@$(BIN)/python scripts/check.py format lint imports
+
+.PHONY: types
+types: $(STAMP)  ## mypy, strict
+	@$(BIN)/python scripts/check.py types
+
+.PHONY: unit
+unit: $(STAMP)  ## unit tests (seconds)
+	@$(BIN)/python scripts/check.py unit
+
+.PHONY: runtime
+runtime: $(STAMP)  ## runtime tests: real servers, small models (minutes)
+	@$(BIN)/python scripts/check.py runtime
+
+##@ development
+
+.PHONY: fmt
+fmt: $(STAMP)  ## rewrite the code in the project's style
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+.PHONY: proto
+proto: $(STAMP)  ## regenerate the code of the .proto files
+	@hat_runtime/proto/generate.sh
+
+.PHONY: clean
+clean:  ## delete caches and build results (.venv and the model cache stay)
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache dist
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+##@ the long forms of the checks (tens of minutes each; the numbers in docs/benchmarks come from these)
+
+.PHONY: full-exactness
+full-exactness: $(STAMP)  ## token ids equal to the whole model's, 40 Spec-Bench prompts
+	@$(BIN)/python benchmarks/exactness.py $(ARGS)
+
+.PHONY: full-split-overhead
+full-split-overhead: $(STAMP)  ## tokens/s against local transformers, 1 and 8 sessions
+	@$(BIN)/python benchmarks/split_overhead.py $(ARGS)
+
+.PHONY: full-ttft
+full-ttft: $(STAMP)  ## time to first token against the physical limit
+	@$(BIN)/python benchmarks/ttft.py $(ARGS)
+
+.PHONY: full-stress
+full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
+	@$(BIN)/python -m pytest tests -m long -k stress $(ARGS)
+
+.PHONY: full-fuzz
+full-fuzz: $(STAMP)  ## random and mutated messages against a live server
+	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)
