@@ -1,0 +1,114 @@
+"""`hat device serve`: the device's half of the model, behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hat_runtime.cli.command import Command
+from hat_runtime.cli.options import add_dtype, add_logging, parse_host_port
+
+EXAMPLES = """\
+examples:
+  hat device serve --model ./smollm2 --cloud 10.0.0.5:7070
+  hat device serve --model ./smollm2 --cloud 10.0.0.5:7070 --listen 0.0.0.0:8000 --api-key-file keys.txt
+
+Then talk to it with any OpenAI client whose base URL is http://HOST:PORT/v1.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add `serve` and its options."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    serve = actions.add_parser(
+        "serve",
+        help="serve an OpenAI-compatible API",
+        description="Load the device's part of a model (embedding, first layers, head; the cloud says how many "
+        "layers), connect to the cloud and serve an OpenAI-compatible API.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="model folder, as written by `hat model prepare`",
+    )
+    serve.add_argument("--cloud", required=True, metavar="HOST:PORT", help="where `hat cloud serve` listens")
+    serve.add_argument(
+        "--listen",
+        default="127.0.0.1:8000",
+        metavar="HOST:PORT",
+        help="where to serve the API (default %(default)s)",
+    )
+    serve.add_argument(
+        "--chunk-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a prompt that travel together; 0 = the whole prompt at once (default %(default)s)",
+    )
+    add_dtype(serve)
+    serve.add_argument(
+        "--model-name", metavar="NAME", help="the model's name in the API (default: the folder's name)"
+    )
+    serve.add_argument(
+        "--max-concurrent",
+        type=int,
+        default=8,
+        metavar="N",
+        help="answers generated at once (default %(default)s)",
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=32,
+        metavar="N",
+        help="answers that may wait for their turn; more are refused with status 429 (default %(default)s)",
+    )
+    serve.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys that clients must send as `Authorization: Bearer KEY`, one a line (default: none needed)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="time that running answers get to finish after SIGTERM or Ctrl-C (default %(default)s)",
+    )
+    add_logging(serve)
+    serve.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    import asyncio
+
+    from hat_runtime import log
+    from hat_runtime.device.serve import DeviceConfig, serve_device
+
+    log.setup(args.log_level, args.log_format)
+    parse_host_port(args.cloud, "--cloud")
+    host, port = parse_host_port(args.listen, "--listen")
+    config = DeviceConfig(
+        model=args.model,
+        cloud=args.cloud,
+        listen_host=host,
+        listen_port=port,
+        chunk_tokens=args.chunk_tokens,
+        dtype=args.dtype,
+        model_name=args.model_name,
+        max_concurrent=args.max_concurrent,
+        max_waiting=args.max_waiting,
+        api_key_file=args.api_key_file,
+        grace_s=args.grace,
+    )
+    asyncio.run(serve_device(config))
+    return 0
+
+
+COMMAND = Command("device", "the device side: `hat device serve`", configure)
