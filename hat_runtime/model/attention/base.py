@@ -1,0 +1,70 @@
+"""The seam between the layers and whatever computes attention over the paged KV cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hat_runtime.model.pages import KvCache
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence in a packed pass: rows first <= i < first + count of the packed tensors."""
+
+    first: int
+    count: int
+    start: int
+    """Position of the first new token, which is also the number of tokens already cached."""
+    slots: torch.Tensor
+    """int64 [start + count]: where the sequence's positions lie in the cache, the new ones included."""
+
+    @property
+    def total(self) -> int:
+        """Tokens that the sequence has after the pass."""
+        return self.start + self.count
+
+
+class AttentionBatch:
+    """What a backend prepares once per pass and reads in every layer."""
+
+    def __init__(self, backend: AttentionBackend, cache: KvCache, spans: list[Span]) -> None:
+        self.backend = backend
+        self.cache = cache
+        self.spans = spans
+        self.new_slots = torch.cat([span.slots[span.start :] for span in spans])
+        """int64 [T]: where the packed new tokens go."""
+        self.plan: Any = backend.prepare(spans, cache)
+
+
+class AttentionBackend(ABC):
+    """Append attention: each new token attends to all tokens of its sequence up to itself (or the last `window`).
+
+    Prompt chunks, verification of several tokens and plain decoding are the same call with other counts.
+    """
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, spans: list[Span], cache: KvCache) -> Any:
+        """Whatever can be computed once per pass, for all layers."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: torch.Tensor, batch: AttentionBatch, *, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attention of one layer over the cache, which already holds the new keys and values.
+
+        Args:
+            layer: index in the cache.
+            query: [heads, T, head_dim], the packed new tokens.
+            batch: this pass.
+            scale: factor on the logits.
+            window: number of positions that a token sees, itself included; None for all.
+
+        Returns:
+            [T, heads, head_dim]
+        """

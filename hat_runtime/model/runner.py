@@ -1,0 +1,84 @@
+"""Runs a range of layers over new tokens of many sequences in one packed pass. Device and cloud both use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hat_runtime.model.attention import AttentionBackend, AttentionBatch, Span
+from hat_runtime.model.hf import DecoderSlice
+from hat_runtime.model.pages import KvCache, PagedSequence
+
+
+@dataclass(frozen=True)
+class Segment:
+    """New tokens of one sequence: hidden states [n, hidden_size] for positions start <= p < start + n."""
+
+    sequence: PagedSequence
+    start: int
+    hidden: torch.Tensor
+
+
+class LayerRunner:
+    """A slice of layers with the KV cache of its sequences. Not thread-safe: one thread owns it."""
+
+    def __init__(self, layers: DecoderSlice, cache: KvCache, backend: AttentionBackend) -> None:
+        self.layers = layers
+        self.cache = cache
+        self.backend = backend
+
+    @torch.inference_mode()
+    def run(self, segments: list[Segment]) -> list[torch.Tensor]:
+        """One pass over any mix of segments, each of another sequence.
+
+        A segment that starts before its sequence's end truncates the sequence first; afterwards the sequence ends
+        with the segment.
+
+        Args:
+            segments: at least one; the hidden states may be on any device.
+
+        Returns:
+            The last layer's output of each segment, [n, hidden_size], on the layers' device.
+
+        Raises:
+            ValueError: a segment starts beyond its sequence's end.
+            OutOfPages: too few free pages; no sequence has grown.
+        """
+        for segment in segments:
+            if segment.start > segment.sequence.length:
+                raise ValueError(
+                    f"segment starts at {segment.start}, but its sequence has {segment.sequence.length} tokens"
+                )
+            if segment.start < segment.sequence.length:
+                self.cache.truncate(segment.sequence, segment.start)
+        for segment in segments:
+            self.cache.reserve(segment.sequence, segment.start + len(segment.hidden))
+
+        spans: list[Span] = []
+        first = 0
+        for segment in segments:
+            count = len(segment.hidden)
+            slots = self.cache.slots(segment.sequence, segment.start + count)
+            spans.append(Span(first, count, segment.start, slots))
+            first += count
+        device = self.layers.device
+        hidden = torch.cat([segment.hidden.to(device) for segment in segments])
+        positions = torch.cat([torch.arange(s.start, s.total, device=device) for s in spans])
+        deep = self.layers.forward(hidden, positions, AttentionBatch(self.backend, self.cache, spans))
+        for segment in segments:
+            segment.sequence.length = segment.start + len(segment.hidden)
+        return list(deep.split([span.count for span in spans]))
+
+
+def make_cache(layers: DecoderSlice, *, num_pages: int, page_tokens: int) -> KvCache:
+    """A KV cache that fits the slice: same device and dtype."""
+    return KvCache(
+        layers=len(layers.layers),
+        kv_heads=layers.kv_heads,
+        head_dim=layers.head_dim,
+        num_pages=num_pages,
+        page_tokens=page_tokens,
+        dtype=layers.dtype,
+        device=layers.device,
+    )
