@@ -30,5 +30,9 @@ class CloudUnavailable(HatError):
         self.retry_after_s = retry_after_s
 
 
+class CloudOverloaded(CloudUnavailable):
+    """The cloud is reachable, but has no room for this work now."""
+
+
 class HandshakeError(HatError):
     """Device and cloud do not hold the same model, split, dtype or codec."""
