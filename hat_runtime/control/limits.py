@@ -1,0 +1,143 @@
+"""What physics allows: lower bounds for the times that a user sees, from the link and bare compute.
+
+A figure of ours is only worth something beside the bound for the same link and the same machines. All times are in
+seconds, all sizes in bytes, lengths in tokens. The parts must be measured outside the engine and the servers whose
+performance is judged (hat_runtime.model.calibrate, hat_runtime.emulation.measure).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LimitParts:
+    """The parts that the bounds are made of."""
+
+    hidden_bytes: float
+    """h: one hidden state on the wire."""
+    rate_up: float
+    """B_u: uplink, bytes a second."""
+    rate_down: float
+    """B_d: downlink, bytes a second."""
+    rtt: float
+    """R: round-trip time of an empty message."""
+    t_in: float
+    """Input submodel, one token."""
+    t_head: float
+    """t_h: output submodel (final norm and LM head), one token."""
+    t_cloud: float
+    """t_c0: middle submodel, one token. Flat up to a few dozen tokens, because the weights must be read once."""
+    beta: float
+    """Middle submodel, seconds a token of a long prompt."""
+    s: float
+    """Input submodel, seconds a token of a long prompt."""
+
+    @property
+    def up(self) -> float:
+        """h / B_u: time of one hidden state on the uplink."""
+        return self.hidden_bytes / self.rate_up
+
+    @property
+    def down(self) -> float:
+        """h / B_d: time of one hidden state on the downlink."""
+        return self.hidden_bytes / self.rate_down
+
+    def cloud(self, tokens: int) -> float:
+        """t_c(n) = max(t_c0, beta n): middle submodel for `tokens` tokens in one pass."""
+        return max(self.t_cloud, self.beta * tokens)
+
+
+def tbt_u_shape(parts: LimitParts) -> float:
+    """Time between tokens without speculation: the causal loop L1 = t_in + h/B_u + R + t_c0 + h/B_d + t_h."""
+    return parts.t_in + parts.up + parts.rtt + parts.t_cloud + parts.down + parts.t_head
+
+
+def ttft_unchunked(parts: LimitParts, prompt_tokens: int) -> float:
+    """Time to first token when compute and transfer of the prompt do not overlap.
+
+    S s + S h/B_u + R + t_c(S) + h/B_d + t_h
+    """
+    n = prompt_tokens
+    return n * parts.s + n * parts.up + parts.rtt + parts.cloud(n) + parts.down + parts.t_head
+
+
+def ttft_chunked_limit(parts: LimitParts, prompt_tokens: int) -> float:
+    """Time to first token that no chunk size can beat: the slowest of link, cloud and device works without a gap.
+
+    R + max(S h/B_u + t_c0, S beta, S s + h/B_u + t_c0) + h/B_d + t_h
+    """
+    n = prompt_tokens
+    link = n * parts.up + parts.t_cloud
+    device = n * parts.s + parts.up + parts.t_cloud
+    return parts.rtt + max(link, n * parts.beta, device) + parts.down + parts.t_head
+
+
+def ttft_chunked(parts: LimitParts, prompt_tokens: int, chunk_tokens: int, chunk_cost: float = 0.0) -> float:
+    """Predicted time to first token with chunks of `chunk_tokens`: three stages, device -> link -> cloud.
+
+    Args:
+        parts: link and compute.
+        prompt_tokens: S > 0.
+        chunk_tokens: c > 0; the last chunk is what remains.
+        chunk_cost: omega, fixed cost of a chunk on the link.
+    """
+    device = link = cloud = 0.0
+    for start in range(0, prompt_tokens, chunk_tokens):
+        n = min(chunk_tokens, prompt_tokens - start)
+        device += n * parts.s
+        link = max(link, device) + chunk_cost + n * parts.up
+        cloud = max(cloud, link + parts.rtt / 2) + parts.cloud(n)
+    return cloud + parts.down + parts.rtt / 2 + parts.t_head
+
+
+def accepted_tokens(acceptance: float, drafts: int) -> float:
+    """Expected tokens of a round with `drafts` drafts and the bonus token: (1 - a^(n+1)) / (1 - a)."""
+    if acceptance >= 1:
+        return drafts + 1
+    return (1 - acceptance ** (drafts + 1)) / (1 - acceptance)
+
+
+def tbt_synchronous(parts: LimitParts, acceptance: float, drafts: int, t_draft: float) -> float:
+    """Time between tokens when the device drafts, sends as it drafts, and waits for the check.
+
+    [max(n t_d + h/B_u, t_d + (n+1) h/B_u) + R + t_c0 + (n+1) h/B_d + t_h] / E(n)
+    """
+    n = drafts
+    up = max(n * t_draft + parts.up, t_draft + (n + 1) * parts.up)
+    round_trip = up + parts.rtt + parts.t_cloud + (n + 1) * parts.down + parts.t_head
+    return round_trip / accepted_tokens(acceptance, n)
+
+
+def best_synchronous(
+    parts: LimitParts, acceptance: float, t_draft: float, most_drafts: int = 32
+) -> tuple[float, int]:
+    """(least tbt_synchronous, its number of drafts)."""
+    return min((tbt_synchronous(parts, acceptance, n, t_draft), n) for n in range(1, most_drafts + 1))
+
+
+def pipeline_interval(parts: LimitParts, t_draft: float, cloud_batch: int = 16) -> float:
+    """tau = max(t_d, h/B_u, h/B_d, t_c0/m): the pace of a full pipeline, m tokens checked in one cloud step."""
+    return max(t_draft, parts.up, parts.down, parts.t_cloud / cloud_batch)
+
+
+def tbt_pipelined(parts: LimitParts, acceptance: float, t_draft: float, cloud_batch: int = 16) -> float:
+    """Time between tokens when drafting never waits, one branch: (1 - a) L1 + a tau.
+
+    After a refusal the next token cannot come before a causal loop has passed; the others follow at pipeline pace.
+    """
+    tau = pipeline_interval(parts, t_draft, cloud_batch)
+    return (1 - acceptance) * tbt_u_shape(parts) + acceptance * tau
+
+
+def pipeline_window(parts: LimitParts, acceptance: float, t_draft: float, cloud_batch: int = 16) -> int:
+    """Drafts in flight that are worth having: min(ceil(L1 / tau), ceil(ln .05 / ln a)), at least 1.
+
+    The first fills the pipe; beyond the second a draft is accepted in fewer than 5 of 100 cases.
+    """
+    fill = math.ceil(tbt_u_shape(parts) / pipeline_interval(parts, t_draft, cloud_batch))
+    if acceptance >= 1:
+        return fill
+    useful = 1 if acceptance <= 0.05 else math.ceil(math.log(0.05) / math.log(acceptance))
+    return max(1, min(fill, useful))

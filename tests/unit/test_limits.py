@@ -1,0 +1,96 @@
+"""The bounds against worked examples: Vicuna-7B in fp16 on an A6000, with an AGX-class device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hat_runtime.control import limits
+from hat_runtime.control.limits import LimitParts
+
+VICUNA = LimitParts(
+    hidden_bytes=8192,
+    rate_up=5e6,
+    rate_down=10e6,
+    rtt=0.020,
+    t_in=0.006,
+    t_head=0.002,
+    t_cloud=0.015,
+    beta=0.1511e-3,
+    s=0.08096e-3,
+)
+T_DRAFT = 0.008
+
+
+def _link(mbytes_up: float, rtt_ms: float) -> LimitParts:
+    return replace(
+        VICUNA, rate_up=mbytes_up * 1e6, rate_down={5: 10e6, 10: 15e6}[int(mbytes_up)], rtt=rtt_ms / 1e3
+    )
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "rtt", "up", "loop", "sync", "drafts", "pipelined"),
+    [
+        (0.6, 20, 5, 45.5, 29.1, 2, 23.0),
+        (0.6, 50, 5, 75.5, 44.1, 3, 35.0),
+        (0.6, 100, 10, 124.4, 66.2, 4, 54.5),
+        (0.7, 20, 10, 44.4, 25.3, 3, 18.9),
+        (0.7, 50, 5, 75.5, 37.8, 4, 28.2),
+        (0.7, 100, 5, 125.5, 55.6, 5, 43.2),
+        (0.8, 50, 10, 74.4, 30.1, 5, 21.3),
+        (0.8, 100, 10, 124.4, 42.8, 7, 31.3),
+        (0.9, 50, 10, 74.4, 22.3, 9, 14.6),
+    ],
+)
+def test_time_between_tokens(
+    acceptance: float, rtt: float, up: float, loop: float, sync: float, drafts: int, pipelined: float
+) -> None:
+    parts = _link(up, rtt)
+    assert limits.tbt_u_shape(parts) * 1e3 == pytest.approx(loop, abs=0.06)
+    best, n = limits.best_synchronous(parts, acceptance, T_DRAFT)
+    assert n == drafts
+    assert best * 1e3 == pytest.approx(sync, abs=0.06)
+    assert limits.tbt_pipelined(parts, acceptance, T_DRAFT) * 1e3 == pytest.approx(pipelined, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "up", "rtt", "limit", "unchunked", "best", "chunk"),
+    [
+        (512, 5, 20, 0.877, 0.981, 0.896, 96),
+        (512, 10, 20, 0.457, 0.561, 0.477, 96),
+        (2048, 5, 20, 3.393, 3.854, 3.435, 192),
+        (2048, 10, 20, 1.715, 2.176, 1.757, 192),
+        (2048, 10, 100, 1.795, 2.256, 1.837, 192),
+        (4096, 10, 20, 3.393, 4.329, 3.453, 192),
+    ],
+)
+def test_time_to_first_token(
+    prompt: int, up: float, rtt: float, limit: float, unchunked: float, best: float, chunk: int
+) -> None:
+    parts = _link(up, rtt)
+    assert limits.ttft_chunked_limit(parts, prompt) == pytest.approx(limit, abs=6e-4)
+    assert limits.ttft_unchunked(parts, prompt) == pytest.approx(unchunked, abs=6e-4)
+    assert limits.ttft_chunked(parts, prompt, chunk, chunk_cost=0.002) == pytest.approx(best, abs=6e-4)
+
+
+def test_no_chunk_size_beats_the_limit_and_one_chunk_is_no_chunking() -> None:
+    for prompt in (1, 7, 300, 4096):
+        bound = limits.ttft_chunked_limit(VICUNA, prompt)
+        assert all(
+            limits.ttft_chunked(VICUNA, prompt, chunk) >= bound - 1e-9 for chunk in (1, 7, 64, 128, 4096)
+        )
+        assert limits.ttft_chunked(VICUNA, prompt, prompt) == pytest.approx(
+            limits.ttft_unchunked(VICUNA, prompt)
+        )
+
+
+@pytest.mark.parametrize(("acceptance", "window"), [(0.0, 1), (0.6, 6), (0.7, 9), (0.8, 10), (1.0, 10)])
+def test_window(acceptance: float, window: int) -> None:
+    assert limits.pipeline_window(_link(5, 50), acceptance, T_DRAFT) == window
+
+
+def test_certain_acceptance() -> None:
+    assert limits.accepted_tokens(1.0, 4) == 5
+    assert limits.accepted_tokens(0.0, 4) == 1
+    assert limits.tbt_pipelined(VICUNA, 1.0, T_DRAFT) == T_DRAFT
