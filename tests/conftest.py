@@ -28,7 +28,7 @@ TINY = {
     "pad_token_id": 0,
     "initializer_range": 0.2,  # wide enough that greedy choices are not ties
 }
-MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+MIXED = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full", "full")]
 
 
 def _llama() -> PretrainedConfig:
@@ -50,7 +50,11 @@ def _qwen3() -> PretrainedConfig:
 
 def _qwen3_moe() -> PretrainedConfig:
     return Qwen3MoeConfig(
-        **TINY, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[1, 3],
+        **TINY,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1, 3],
         norm_topk_prob=True,
     )
 

@@ -20,11 +20,13 @@ def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16") -> Non
 def add_logging(parser: argparse.ArgumentParser) -> None:
     """--log-level and --log-format."""
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="one line of text or of JSON")
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="one line of text or of JSON"
+    )
 
 
 def parse_host_port(value: str, option: str) -> tuple[str, int]:
-    """"HOST:PORT" -> (host, port); port 0 asks for a free one.
+    """ "HOST:PORT" -> (host, port); port 0 asks for a free one.
 
     Raises:
         UsageError: names `option` and echoes the value.
@@ -33,3 +35,9 @@ def parse_host_port(value: str, option: str) -> tuple[str, int]:
     if not colon or not host or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"{option}: {value!r} is not HOST:PORT (for example 127.0.0.1:7070)")
     return host.strip("[]"), int(port)
+
+
+def check_positive(value: int | None, option: str) -> None:
+    """Raise UsageError unless `value` is None or at least 1."""
+    if value is not None and value < 1:
+        raise UsageError(f"{option} {value}: write 1 or more")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,10 @@ class DecoderSlice:
         self.layers = layers
         self.hidden_size: int = config.hidden_size
         self.kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        parameter = next(model.layers.parameters())  # type: ignore[union-attr,operator]
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        parameter = next(model.layers.parameters())  # type: ignore[union-attr]
         self.dtype: torch.dtype = parameter.dtype
         self.device: torch.device = parameter.device
 
@@ -87,7 +91,10 @@ class DecoderSlice:
         Writes the new keys and values into the batch's cache.
         """
         out = self._model(
-            inputs_embeds=hidden[None].to(self.dtype), position_ids=positions[None], use_cache=False, hat=batch
+            inputs_embeds=hidden[None].to(self.dtype),
+            position_ids=positions[None],
+            use_cache=False,
+            hat=batch,
         )
         deep: torch.Tensor = out.last_hidden_state[0]
         return deep
@@ -232,7 +239,9 @@ def _sub_config(config: Any, layers: LayerRange) -> Any:
     sub.num_hidden_layers = len(layers)
     if getattr(sub, "layer_types", None):
         sub.layer_types = list(config.layer_types[layers.lo : layers.hi])
-    if hasattr(sub, "decoder_sparse_step"):  # which layers are dense depends on the layer's number in the whole model
+    if hasattr(
+        sub, "decoder_sparse_step"
+    ):  # which layers are dense depends on the layer's number in the whole model
         step = config.decoder_sparse_step
         dense = {i for i in range(layers.lo, layers.hi) if i in config.mlp_only_layers or (i + 1) % step}
         sub.mlp_only_layers, sub.decoder_sparse_step = sorted(i - layers.lo for i in dense), 1
@@ -251,14 +260,15 @@ def _build(
     model_class = MODEL_MAPPING[type(config)]
     if isinstance(model_class, tuple):
         model_class = model_class[0]
-    model, report = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=dtype,
-        attn_implementation=_ATTENTION,
-        output_loading_info=True,
-    )
+    with _quiet():
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            attn_implementation=_ATTENTION,
+            output_loading_info=True,
+        )
     missing = set(report["missing_keys"]) - may_miss
     wrong = missing | set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
     if wrong:
@@ -272,3 +282,18 @@ def _build(
 def _in_range(name: str, layers: LayerRange) -> bool:
     layer = layer_of(name)
     return layer is not None and layer in layers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no table of missing tensors: a slice lacks tensors on purpose, and `_build` checks them."""
+    logging, before = transformers.utils.logging, transformers.utils.logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()

@@ -68,7 +68,7 @@ class LayerRunner:
         deep = self.layers.forward(hidden, positions, AttentionBatch(self.backend, self.cache, spans))
         for segment in segments:
             segment.sequence.length = segment.start + len(segment.hidden)
-        return list(deep.split([span.count for span in spans]))
+        return [deep[span.first : span.first + span.count] for span in spans]
 
 
 def make_cache(layers: DecoderSlice, *, num_pages: int, page_tokens: int) -> KvCache:

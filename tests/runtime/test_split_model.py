@@ -49,12 +49,16 @@ def test_packed_passes_with_truncations_equal_the_whole_model(
         if not chosen:
             continue
         starts = [max(0, pairs[i][1].length - rng.choice([0, 0, 0, 1, 5])) for i in chosen]
-        ends_at = [min(len(texts[i]), s + rng.choice([1, 2, 7, 33])) for i, s in zip(chosen, starts, strict=True)]
+        ends_at = [
+            min(len(texts[i]), s + rng.choice([1, 2, 7, 33])) for i, s in zip(chosen, starts, strict=True)
+        ]
         embedded = [ends.embed(texts[i][s:e]) for i, s, e in zip(chosen, starts, ends_at, strict=True)]
         states = shallow.run(
             [Segment(pairs[i][0], s, h) for i, s, h in zip(chosen, starts, embedded, strict=True)]
         )
-        outs = middle.run([Segment(pairs[i][1], s, h) for i, s, h in zip(chosen, starts, states, strict=True)])
+        outs = middle.run(
+            [Segment(pairs[i][1], s, h) for i, s, h in zip(chosen, starts, states, strict=True)]
+        )
         for i, s, e, out in zip(chosen, starts, ends_at, outs, strict=True):
             deep[i][s:e] = out
 
@@ -96,7 +100,9 @@ def test_reads_only_the_shards_it_needs(tiny_models: dict[str, Path], tmp_path: 
 
     folder = shutil.copytree(tiny_models["qwen3"], tmp_path / "part")
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {shard for name, shard in weight_map.items() if name.startswith(("model.layers.4.", "model.layers.5."))}
+    needed = {
+        shard for name, shard in weight_map.items() if name.startswith(("model.layers.4.", "model.layers.5."))
+    }
     unneeded = set(weight_map.values()) - needed
     assert unneeded
     for shard in unneeded:

@@ -1,0 +1,106 @@
+"""`hat cloud serve`: the middle layers of a model for many devices."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hat_runtime.cli import options
+from hat_runtime.cli.command import Command
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "Serve a model's middle layers to devices over gRPC."
+    serve = commands.add_parser("serve", help=text, description=text)
+    serve.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a folder made by `hat model prepare`"
+    )
+    serve.add_argument(
+        "--input-layers",
+        type=int,
+        metavar="M",
+        help="layers that run on the devices; this cloud runs the others "
+        "(not needed for a folder that holds the cloud's part)",
+    )
+    serve.add_argument(
+        "--listen", default="127.0.0.1:7070", metavar="HOST:PORT", help="gRPC (default %(default)s)"
+    )
+    serve.add_argument(
+        "--http-listen",
+        default="127.0.0.1:7071",
+        metavar="HOST:PORT",
+        help="/healthz, /readyz and /metrics (default %(default)s)",
+    )
+    serve.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    serve.add_argument("--attention", default="sdpa", help="attention backend (default %(default)s)")
+    serve.add_argument(
+        "--kv-memory",
+        type=float,
+        metavar="GIB",
+        help="KV cache in GiB (default 1 on a CPU, 80 %% of free GPU memory)",
+    )
+    serve.add_argument(
+        "--page-tokens", type=int, default=16, help="tokens in a KV page (default %(default)s)"
+    )
+    serve.add_argument("--max-sessions", type=int, default=64, help="sessions at once (default %(default)s)")
+    serve.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=512,
+        help="tokens in one pass of the layers (default %(default)s)",
+    )
+    serve.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads for the layers (default: torch's choice)"
+    )
+    options.add_dtype(serve)
+    options.add_logging(serve)
+    serve.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from hat_runtime import log
+    from hat_runtime.cloud.engine import EngineConfig
+    from hat_runtime.cloud.scheduler import SchedulerConfig
+    from hat_runtime.cloud.serve import CloudConfig, running_cloud
+    from hat_runtime.signals import wait_for_termination
+
+    log.setup(args.log_level, args.log_format)
+    host, port = options.parse_host_port(args.listen, "--listen")
+    http_host, http_port = options.parse_host_port(args.http_listen, "--http-listen")
+    for option in ("page_tokens", "max_sessions", "max_batch_tokens", "threads"):
+        options.check_positive(getattr(args, option), "--" + option.replace("_", "-"))
+    config = CloudConfig(
+        model=Path(args.model),
+        input_layers=args.input_layers,
+        host=host,
+        port=port,
+        http_host=http_host,
+        http_port=http_port,
+        dtype=args.dtype,
+        device=args.device,
+        attention=args.attention,
+        page_tokens=args.page_tokens,
+        kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 2**30),
+        max_sessions=args.max_sessions,
+        engine=EngineConfig(
+            scheduler=SchedulerConfig(max_batch_tokens=args.max_batch_tokens), threads=args.threads
+        ),
+    )
+
+    async def serve() -> None:
+        async with running_cloud(config) as cloud:
+            print(
+                f"hat cloud: layers {cloud.identity.lo}:{cloud.identity.hi} on {cloud.address}, "
+                f"health and metrics on {cloud.admin_url}",
+                flush=True,
+            )
+            await wait_for_termination()
+
+    asyncio.run(serve())
+    return 0
+
+
+COMMAND = Command("cloud", "Run the cloud's side: the middle layers of a model.", _configure)

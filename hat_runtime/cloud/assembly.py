@@ -1,0 +1,105 @@
+"""Frames of a Step -> one StepWork, and one StepDone -> frames of a Result, with every check that needs no engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import grpc
+import torch
+
+from hat_runtime.cloud.session import StepDone, StepWork, Want
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.wire import codec, frames
+
+_WANTS = {pb.WANT_NONE: Want.NONE, pb.WANT_LAST: Want.LAST, pb.WANT_ALL: Want.ALL}
+
+
+class ProtocolError(Exception):
+    """The device broke the protocol: its stream ends with this status."""
+
+    def __init__(
+        self,
+        text: str,
+        code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class StepAssembler:
+    """Collects the frames of one Step after another. Holds at most one Step's payload."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, limits: pb.Limits) -> None:
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        self._limits = limits
+        self._header: tuple[int, int, int, int] | None = None
+        self._payload = bytearray()
+
+    def feed(self, step: pb.Step) -> StepWork | None:
+        """Take one frame; the Step if it was its last.
+
+        Raises:
+            ProtocolError: a size, a count or `want` is wrong, or the frame does not belong to the Step begun.
+        """
+        header = (step.epoch, step.start_pos, step.n, step.want)
+        if self._header is None:
+            self._check_header(step)
+            self._header = header
+        elif header != self._header:
+            raise ProtocolError(
+                f"frame (epoch, start_pos, n, want)={header} continues a Step of {self._header}"
+            )
+        if len(step.payload) > self._limits.max_frame_bytes:
+            raise ProtocolError(
+                f"Step.payload has {len(step.payload)} bytes; a frame holds at most {self._limits.max_frame_bytes}"
+            )
+        if step.more and not step.payload:
+            raise ProtocolError("an empty frame says that more follow")
+        whole = step.n * codec.row_bytes(self._hidden_size, self._dtype)
+        if len(self._payload) + len(step.payload) > whole or (
+            not step.more and len(self._payload) + len(step.payload) != whole
+        ):
+            raise ProtocolError(
+                f"Step.payload has {len(self._payload) + len(step.payload)} bytes, but n={step.n} rows of "
+                f"{self._hidden_size} x {codec.dtype_name(self._dtype)} are {whole} bytes"
+            )
+        self._payload += step.payload
+        if step.more:
+            return None
+        payload, self._payload, self._header = self._payload, bytearray(), None
+        hidden = codec.decode(payload, step.n, self._hidden_size, self._dtype)
+        return StepWork(step.epoch, step.start_pos, _WANTS[step.want], hidden, time.monotonic())
+
+    def _check_header(self, step: pb.Step) -> None:
+        if step.want not in _WANTS:
+            raise ProtocolError(f"Step.want={step.want} is none of NONE, LAST, ALL")
+        if not 1 <= step.n <= self._limits.max_step_tokens:
+            raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
+
+
+def result_frames(done: StepDone) -> Iterator[pb.CloudMessage]:
+    """The frames that answer one Step."""
+    work = done.work
+    payload = b"" if done.deep is None else codec.encode(done.deep)
+    for part, more in frames.split(payload):
+        yield pb.CloudMessage(
+            result=pb.Result(
+                status=pb.STATUS_STALE if done.stale else pb.STATUS_OK,
+                epoch=work.epoch,
+                start_pos=work.start_pos,
+                n=work.n,
+                payload=part,
+                more=more,
+                queue_us=_micros(work.first_pass - work.arrived if work.first_pass else 0.0),
+                compute_us=_micros(work.compute_s),
+                batch_tokens=work.batch_tokens,
+            )
+        )
+
+
+def _micros(seconds: float) -> int:
+    return max(0, min(2**32 - 1, round(seconds * 1e6)))

@@ -1,0 +1,338 @@
+"""The cloud's engine: one thread that owns the layers and the KV cache and runs pass after pass.
+
+Everything reaches it through a queue and leaves it through `loop.call_soon_threadsafe`, so it never blocks the event
+loop. One thread only, because torch's OpenMP pool belongs to the thread that calls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+import torch
+
+from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
+from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want
+from hat_runtime.control.cost import LinearCost
+from hat_runtime.model.runner import LayerRunner, Segment
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds of the engine."""
+
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    idle_ttl_s: float = 600.0
+    """A session without a Step for this long is ended."""
+    threads: int | None = None
+    """Threads for torch's operators; None for torch's choice."""
+
+
+class Engine:
+    """Continuous batching over sessions."""
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        config: EngineConfig,
+        metrics: CloudMetrics,
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self._config = config
+        self._scheduler = Scheduler(runner.cache, config.scheduler)
+        self._metrics = metrics
+        self._loop = loop
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sessions: dict[str, Session] = {}  # in the order of opening
+        self._events: list[tuple[Session, Event]] = []
+        self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
+        self._round_began = 0.0
+        self.cost = LinearCost()
+        """What a pass costs, as seen lately."""
+        self.failed: BaseException | None = None
+        """What ended the thread; None while it works."""
+
+    # Called from any thread ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the current pass and wait for it."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs."""
+        return self._thread.is_alive()
+
+    def open(self, session: Session) -> None:
+        """Admit a session."""
+        self._inbox.put(lambda: self._open(session))
+
+    def submit(self, session: Session, work: StepWork) -> None:
+        """Queue a Step; exactly one StepDone or Failed answers it, unless the session is closed first."""
+        self._inbox.put(lambda: self._submit(session, work))
+
+    def close(self, session: Session) -> None:
+        """Forget a session, whatever it waits for, and free its pages."""
+        self._inbox.put(lambda: self._close(session))
+
+    async def idle(self) -> None:
+        """Wait until everything submitted so far was taken up, and check that no page is lost.
+
+        Raises:
+            RuntimeError: the pages are not accounted for.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def check() -> None:
+            try:
+                self.check_integrity()
+            except RuntimeError as error:
+                done.get_loop().call_soon_threadsafe(done.set_exception, error)
+            else:
+                done.get_loop().call_soon_threadsafe(done.set_result, None)
+
+        self._inbox.put(check)
+        await done
+
+    # The engine's thread ---------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless free + owned == total."""
+        self.runner.cache.check(session.sequence for session in self._sessions.values())
+
+    def _run(self) -> None:
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        try:
+            while self._take_commands():
+                self._reap_idle()
+                passes, forward_s = self._step()
+                self._flush()
+                if passes:
+                    self._observe(passes, forward_s, time.perf_counter() - self._round_began)
+        except BaseException as error:
+            self.failed = error
+            log.exception("the engine's thread ended")
+            for session in list(self._sessions.values()):
+                self._fail(
+                    session, Failed(grpc.StatusCode.UNAVAILABLE, "the engine failed; see the cloud's log")
+                )
+            self._flush()
+
+    def _take_commands(self) -> bool:
+        """Apply what is in the inbox; wait for something if there is no work. False: stop."""
+        busy = any(session.queue for session in self._sessions.values())
+        if not busy:
+            self.check_integrity()
+        try:
+            try:
+                command = self._inbox.get(block=not busy, timeout=1.0)
+            finally:
+                self._round_began = time.perf_counter()
+            while True:
+                if command is None:
+                    return False
+                command()
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _open(self, session: Session) -> None:
+        session.last_active = self._clock()
+        self._sessions[session.id] = session
+        self._metrics.sessions_open.set(len(self._sessions))
+
+    def _submit(self, session: Session, work: StepWork) -> None:
+        if session.id not in self._sessions:
+            return
+        session.last_active = self._clock()
+        session.epoch = max(session.epoch, work.epoch)
+        session.queue.append(work)
+
+    def _close(self, session: Session) -> None:
+        if self._sessions.pop(session.id, None) is not None:
+            session.queue.clear()
+            self.runner.cache.release(session.sequence)
+            self._metrics.sessions_open.set(len(self._sessions))
+            self._update_usage()
+
+    def _fail(self, session: Session, failure: Failed) -> None:
+        self._close(session)
+        self._events.append((session, failure))
+
+    def _reap_idle(self) -> None:
+        limit = self._clock() - self._config.idle_ttl_s
+        for session in [s for s in self._sessions.values() if not s.queue and s.last_active < limit]:
+            text = f"the session was idle for {self._config.idle_ttl_s:g} s; open a new one"
+            self._fail(session, Failed(grpc.StatusCode.ABORTED, text))
+
+    def _step(self) -> tuple[list[Planned], float]:
+        """Plan and run one pass; what ran, and the seconds inside the layers."""
+        for session in list(self._sessions.values()):
+            self._settle_head(session)
+        plan = self._scheduler.plan(self._sessions.values(), self._clock())
+        self._apply_evictions(plan)
+        if not plan.passes:
+            return [], 0.0
+        forward_s = self._pass(plan.passes)
+        return ([], 0.0) if forward_s is None else (plan.passes, forward_s)
+
+    def _settle_head(self, session: Session) -> None:
+        """Answer stale Steps at the head of the queue, check the next one, and roll back to its start."""
+        while session.queue:
+            work = session.queue[0]
+            if work.epoch < session.epoch or (session.lost_pages and work.start_pos > session.committed):
+                session.queue.popleft()
+                self._answer(session, StepDone(work, stale=True))
+                self._metrics.stale.inc()
+                continue
+            if work.done:
+                return
+            if (violation := self._violation(session, work)) is not None:
+                self._fail(session, violation)
+                return
+            session.lost_pages = False
+            if work.start_pos < session.committed:
+                self._metrics.truncated.inc(session.committed - work.start_pos)
+                self.runner.cache.truncate(session.sequence, work.start_pos)
+            return
+
+    @staticmethod
+    def _violation(session: Session, work: StepWork) -> Failed | None:
+        if work.start_pos > session.committed:
+            return Failed(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"Step.start_pos={work.start_pos} jumps forward: {session.committed} tokens are committed",
+            )
+        if work.start_pos + work.n > session.max_tokens:
+            return Failed(
+                grpc.StatusCode.OUT_OF_RANGE,
+                f"Step.start_pos={work.start_pos} + n={work.n} is beyond the session's {session.max_tokens} tokens",
+            )
+        if not torch.isfinite(work.hidden).all():
+            return Failed(grpc.StatusCode.INVALID_ARGUMENT, "Step.payload holds a value that is not finite")
+        return None
+
+    def _apply_evictions(self, plan: Plan) -> None:
+        for session in plan.evicted:
+            session.evictions += bool(session.queue)
+            session.lost_pages = True
+            self._metrics.evictions.inc()
+            self._events.append((session, Evicted(session.committed)))
+            while session.queue:
+                self._answer(session, StepDone(session.queue.popleft(), stale=True))
+                self._metrics.stale.inc()
+        if plan.refused is not None:
+            text = f"the KV cache ({self.runner.cache.num_pages} pages) is full; try again later"
+            self._fail(plan.refused, Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after_s=1.0))
+
+    def _pass(self, passes: list[Planned]) -> float | None:
+        """Run one pass and answer what it completes; seconds inside the layers, None if it failed."""
+        segments = [
+            Segment(
+                planned.session.sequence,
+                planned.start,
+                torch.cat([piece.work.hidden[piece.first : piece.last] for piece in planned.pieces]),
+            )
+            for planned in passes
+        ]
+        now, began = self._clock(), time.perf_counter()
+        for planned in passes:
+            for piece in planned.pieces:
+                if not piece.work.done:
+                    piece.work.first_pass = now
+                    self._metrics.queue_seconds.observe(now - piece.work.arrived)
+        try:
+            outputs = self.runner.run(segments)
+            # Waits for the device, so that the time is the layers' own.
+            outputs = [deep.to("cpu") for deep in outputs]
+        except Exception:
+            log.exception("a pass over %d sessions failed", len(passes))
+            for planned in passes:
+                self._fail(
+                    planned.session, Failed(grpc.StatusCode.INTERNAL, "the pass failed; see the cloud's log")
+                )
+            return None
+        forward_s = time.perf_counter() - began
+        tokens = sum(planned.rows for planned in passes)
+        for planned, deep in zip(passes, outputs, strict=True):
+            self._complete(planned, deep, forward_s, tokens)
+        return forward_s
+
+    def _complete(self, planned: Planned, deep: torch.Tensor, forward_s: float, tokens: int) -> None:
+        session, row = planned.session, 0
+        for piece in planned.pieces:
+            work, count = piece.work, piece.last - piece.first
+            work.done = piece.last
+            work.compute_s += forward_s
+            work.batch_tokens = tokens
+            if work.want is Want.ALL:
+                work.outputs.append(deep[row : row + count])
+            elif work.want is Want.LAST and not work.left:
+                work.outputs.append(deep[row + count - 1 : row + count])
+            row += count
+            if work.left:
+                return
+            session.queue.popleft()
+            answer = torch.cat(work.outputs) if work.outputs else None
+            if answer is not None:
+                if not torch.isfinite(answer).all():
+                    text = "Step.payload overflows inside the layers: its deep states are not finite"
+                    self._fail(session, Failed(grpc.StatusCode.INVALID_ARGUMENT, text))
+                    return
+                self._metrics.verify_passes.inc()
+            self._answer(session, StepDone(work, answer))
+
+    def _answer(self, session: Session, done: StepDone) -> None:
+        session.last_active = self._clock()
+        self._events.append((session, done))
+
+    def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
+        tokens = sum(planned.rows for planned in passes)
+        short = self._config.scheduler.short_tokens
+        self.cost.observe(tokens, total_s)
+        self._metrics.forward_seconds.inc(forward_s)
+        self._metrics.engine_seconds.inc(total_s)
+        self._metrics.step_seconds.observe(total_s)
+        self._metrics.batch_tokens.observe(tokens)
+        self._metrics.sessions_running.set(len(passes))
+        self._metrics.sessions_waiting.set(sum(bool(s.queue) for s in self._sessions.values()))
+        for planned in passes:
+            self._metrics.tokens.labels("short" if planned.rows <= short else "prefill").inc(planned.rows)
+        self._update_usage()
+
+    def _update_usage(self) -> None:
+        cache = self.runner.cache
+        self._metrics.kv_usage.set(1 - cache.free_pages / cache.num_pages)
+
+    def _flush(self) -> None:
+        """Hand all events of this round to the event loop at once."""
+        if not self._events:
+            return
+        events, self._events = self._events, []
+        try:
+            self._loop.call_soon_threadsafe(_deliver, events)
+        except RuntimeError:
+            log.debug("the event loop is closed; %d events dropped", len(events))
+
+
+def _deliver(events: list[tuple[Session, Event]]) -> None:
+    for session, event in events:
+        session.deliver(event)

@@ -1,0 +1,60 @@
+"""What the cloud exports to Prometheus. No label grows with the number of devices or sessions."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+RATES = (1e4, 1e5, 5e5, 1e6, 2e6, 5e6, 1e7, 2e7, 5e7, 1e8)
+
+
+class CloudMetrics:
+    """All metrics of one cloud process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Register everything in `registry`; one registry per cloud, so that several can live in one process."""
+        self.registry = registry
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"hat_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"hat_{name}", text, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"hat_{name}", text, buckets=buckets, registry=registry)
+
+        self.model = Info("hat_model", "The model that this cloud serves", registry=registry)
+        self.sessions_open = gauge("num_sessions_open", "Sessions with an open stream")
+        self.sessions_running = gauge("num_sessions_running", "Sessions with rows in the latest pass")
+        self.sessions_waiting = gauge(
+            "num_sessions_waiting", "Sessions with queued Steps outside the latest pass"
+        )
+        self.kv_usage = gauge("kv_cache_usage_ratio", "Share of the KV pages that sessions own, 0 to 1")
+        self.step_seconds = histogram("cloud_step_seconds", "Duration of an engine pass", SECONDS)
+        self.queue_seconds = histogram(
+            "cloud_queue_seconds", "From a Step's arrival to its first pass", SECONDS
+        )
+        self.batch_tokens = histogram("batch_tokens", "Rows in an engine pass", TOKENS)
+        self.forward_seconds = counter("forward_seconds", "Time inside the model's layers")
+        self.engine_seconds = counter(
+            "engine_seconds", "Time of passes, from planning to the answers' hand-over"
+        )
+        self.verify_passes = counter(
+            "verify_passes", "Steps that were answered with deep states (want LAST or ALL)"
+        )
+        self.tokens = counter("tokens_computed", "Rows computed", "kind")
+        self.stale = counter("stale_steps", "Steps answered STALE, without compute")
+        self.truncated = counter(
+            "rollback_tokens", "Cached tokens dropped because a Step started before the end"
+        )
+        self.evictions = counter("evictions", "Sessions whose KV cache was taken for others")
+        self.ended = counter("streams_ended", "Streams that ended, by gRPC status", "code")
+        self.uplink_bytes = counter("uplink_bytes", "Bytes of the messages received from devices")
+        self.downlink_bytes = counter("downlink_bytes", "Bytes of the messages sent to devices")
+        self.device_uplink = histogram(
+            "device_uplink_bytes_per_second", "Uplink rate that devices report", RATES
+        )
+        self.device_rtt = histogram("link_rtt_seconds", "Round-trip time that devices report", SECONDS)
+        self.device_ttft = histogram("time_to_first_token_seconds", "TTFT that devices report", SECONDS)

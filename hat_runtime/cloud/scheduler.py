@@ -1,0 +1,150 @@
+"""Which rows of which sessions go into the next pass.
+
+Short Steps (verification, decoding) go first, then prompt chunks fill what is left of the token budget, so that a long
+prompt never stalls others' decoding. Adjacent queued Steps of one session run as one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hat_runtime.cloud.session import Session, StepWork
+from hat_runtime.model.pages import KvCache
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Bounds of one pass and of eviction."""
+
+    max_batch_tokens: int = 512
+    """Most rows in one pass."""
+    short_tokens: int = 16
+    """Steps with at most this many rows left go before prompt chunks."""
+    idle_after_s: float = 1.0
+    """A session without work for this long is idle: its pages go first."""
+    max_evictions: int = 8
+    """A session that lost its pages this often while it was active is not preempted again."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows first <= i < last of a Step."""
+
+    work: StepWork
+    first: int
+    last: int
+
+
+@dataclass
+class Planned:
+    """One session's part of a pass: pieces of adjacent Steps, from position `start` on."""
+
+    session: Session
+    start: int
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all pieces."""
+        return sum(piece.last - piece.first for piece in self.pieces)
+
+
+@dataclass
+class Plan:
+    """What the engine does next."""
+
+    passes: list[Planned] = field(default_factory=list)
+    evicted: list[Session] = field(default_factory=list)
+    refused: Session | None = None
+    """Cannot get pages although nothing else runs: its stream must end."""
+
+
+class Scheduler:
+    """Plans passes over sessions whose queue heads are valid (see Engine)."""
+
+    def __init__(self, cache: KvCache, config: SchedulerConfig) -> None:
+        self._cache = cache
+        self._config = config
+
+    def plan(self, sessions: Iterable[Session], now: float) -> Plan:
+        """Choose the next pass, and reserve its pages.
+
+        Args:
+            sessions: all sessions, the longest open first.
+            now: monotonic seconds.
+        """
+        everyone = list(sessions)
+        waiting = sorted((s for s in everyone if s.queue), key=self._precedence)
+        plan = Plan()
+        budget = self._config.max_batch_tokens
+        for session in waiting:
+            if budget == 0:
+                break
+            if session in plan.evicted:
+                continue
+            planned = self._take(session, budget)
+            if self._make_room(planned, plan, everyone, now):
+                session.starved = False
+                self._cache.reserve(session.sequence, planned.start + planned.rows)
+                plan.passes.append(planned)
+                budget -= planned.rows
+            else:
+                session.starved = True
+        if not plan.passes and (stuck := [s for s in waiting if s.starved]):
+            plan.refused = max(stuck, key=everyone.index)
+        return plan
+
+    def _precedence(self, session: Session) -> tuple[bool, bool, float]:
+        head = session.queue[0]
+        return (not session.starved, head.left > self._config.short_tokens, head.arrived)
+
+    @staticmethod
+    def _take(session: Session, budget: int) -> Planned:
+        planned = Planned(session, session.queue[0].position)
+        end = planned.start
+        for work in session.queue:
+            if budget == 0 or work.position != end or work.epoch != session.queue[0].epoch:
+                break
+            rows = min(work.left, budget)
+            planned.pieces.append(Piece(work, work.done, work.done + rows))
+            budget -= rows
+            end += rows
+        return planned
+
+    def _make_room(self, planned: Planned, plan: Plan, everyone: list[Session], now: float) -> bool:
+        """Evict until the pages suffice; False if they cannot."""
+        need = self._cache.pages_needed(planned.session.sequence, planned.start + planned.rows)
+        if need <= self._cache.free_pages:
+            return True
+        victims = self._victims(planned.session, plan, everyone, now)
+        if need > self._cache.free_pages + sum(len(victim.sequence.pages) for victim in victims):
+            return False
+        for victim in victims:
+            if need <= self._cache.free_pages:
+                break
+            self._cache.release(victim.sequence)
+            plan.evicted.append(victim)
+        return True
+
+    def _victims(self, session: Session, plan: Plan, everyone: list[Session], now: float) -> list[Session]:
+        """Whose pages `session` may take: idle sessions, the longest idle first, then younger ones, youngest first.
+
+        The longest open session can take everybody's, so there is always one that gets ahead.
+        """
+        in_pass = {id(planned.session) for planned in plan.passes}
+        others = [s for s in everyone if s is not session and s.sequence.pages and id(s) not in in_pass]
+        limit = now - self._config.idle_after_s
+        idle = sorted((s for s in others if self._is_idle(s, limit)), key=lambda s: s.last_active)
+        younger = [
+            s
+            for s in reversed(others)
+            if not self._is_idle(s, limit)
+            and everyone.index(s) > everyone.index(session)
+            and s.evictions < self._config.max_evictions
+        ]
+        return idle + younger
+
+    @staticmethod
+    def _is_idle(session: Session, limit: float) -> bool:
+        return not session.queue and session.last_active <= limit

@@ -1,0 +1,205 @@
+"""A whole cloud: model part, engine, gRPC server, HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from google.protobuf.descriptor_pool import Default
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from hat_runtime import __version__
+from hat_runtime.cloud.admin import make_admin_app
+from hat_runtime.cloud.engine import Engine, EngineConfig
+from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
+from hat_runtime.errors import HatError, UsageError
+from hat_runtime.http import bind, serving
+from hat_runtime.model import hf
+from hat_runtime.model.attention import make_backend
+from hat_runtime.model.manifest import identity
+from hat_runtime.model.runner import LayerRunner, make_cache
+from hat_runtime.model.split import cloud_layers
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.wire import codec, frames
+
+log = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 1 << 30
+CUDA_KV_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class CloudConfig:
+    """What `hat cloud serve` was told."""
+
+    model: Path
+    input_layers: int | None = None
+    """m; None takes it from the manifest of a folder that holds the cloud's part only."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    http_host: str = "127.0.0.1"
+    http_port: int = 0
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    """"auto" (CUDA where there is one), "cpu" or "cuda"."""
+    attention: str = "sdpa"
+    page_tokens: int = 16
+    kv_bytes: int | None = None
+    """Memory for the KV cache; None for 1 GiB on a CPU, 80 % of the free memory on a GPU."""
+    kv_pages: int | None = None
+    """Pages of the KV cache, instead of kv_bytes."""
+    max_sessions: int = 64
+    max_step_tokens: int = frames.MAX_STEP_TOKENS
+    max_inflight_steps: int = 32
+    drain_s: float = 5.0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class RunningCloud:
+    """A cloud that serves."""
+
+    address: str
+    """HOST:PORT of the gRPC server."""
+    admin_url: str
+    identity: pb.ModelIdentity
+    limits: pb.Limits
+    engine: Engine
+    metrics: CloudMetrics
+
+
+@dataclass
+class _Loaded:
+    runner: LayerRunner
+    identity: pb.ModelIdentity
+    context: int
+
+
+@asynccontextmanager
+async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
+    """Load the model's middle and serve it until the context ends.
+
+    Raises:
+        HatError: the model cannot be loaded, or an address cannot be listened on.
+    """
+    metrics = CloudMetrics(CollectorRegistry())
+    state: dict[str, str | None] = {"why": "the model is loading"}
+    http_socket = bind(config.http_host, config.http_port, "--http-listen")
+    bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
+    engine: Engine | None = None
+
+    def why_not_ready() -> str | None:
+        if engine is not None and not engine.alive:
+            return "the engine failed; see the log"
+        return state["why"]
+
+    async with serving(make_admin_app(metrics.registry, why_not_ready), http_socket) as admin_url:
+        loaded = await asyncio.to_thread(_load, config)
+        limits = _limits(config, loaded)
+        engine = Engine(loaded.runner, config.engine, metrics, asyncio.get_running_loop())
+        served = Served(loaded.identity, limits, config.engine.scheduler.idle_after_s)
+        service = RuntimeService(engine, served, metrics)
+        server = make_server(service)
+        health_service = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server, pool=Default()
+        )
+        try:
+            port = server.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError as error:
+            raise HatError(f"--listen {config.host}:{config.port} cannot be listened on: {error}") from error
+        metrics.model.info(
+            {"weights_id": loaded.identity.weights_id, "layers": f"{loaded.identity.lo}:{loaded.identity.hi}"}
+            | {"dtype": config.dtype, "version": __version__}
+        )
+        engine.start()
+        await server.start()
+        for name in ("", SERVICE):
+            await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+        state["why"] = None
+        try:
+            address = f"{config.host}:{port}"
+            yield RunningCloud(address, admin_url, loaded.identity, limits, engine, metrics)
+        finally:
+            state["why"] = "draining"
+            await health_service.enter_graceful_shutdown()
+            service.drain(config.drain_s)
+            await server.stop(config.drain_s)
+            await asyncio.to_thread(engine.stop)
+
+
+def _load(config: CloudConfig) -> _Loaded:
+    manifest = identity(config.model)
+    layers_total = hf.num_layers(config.model)
+    input_layers = config.input_layers
+    if input_layers is None:
+        if manifest.part.kind != "cloud":
+            raise UsageError(f"--input-layers is needed: {config.model} holds more than the cloud's part")
+        input_layers = manifest.part.lo
+    layers = cloud_layers(input_layers, layers_total)
+    dtype = codec.DTYPES[config.dtype]
+    part = hf.load_decoder_slice(config.model, layers, dtype, _device(config.device))
+    pages = config.kv_pages or _pages(config, part)
+    cache = make_cache(part, num_pages=pages, page_tokens=config.page_tokens)
+    log.info(
+        "layers %s of %s in %s on %s; KV cache of %d tokens",
+        layers,
+        config.model,
+        config.dtype,
+        part.device,
+        cache.capacity_tokens,
+    )
+    served = pb.ModelIdentity(
+        weights_id=manifest.weights_id,
+        model_revision=manifest.model_revision,
+        lo=layers.lo,
+        hi=layers.hi,
+        dtype=config.dtype,
+        hidden_size=part.hidden_size,
+    )
+    return _Loaded(
+        LayerRunner(part, cache, make_backend(config.attention)), served, hf.context_length(config.model)
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name!r}: torch {torch.__version__} sees no CUDA device here")
+    return torch.device(name)
+
+
+def _pages(config: CloudConfig, part: hf.DecoderSlice) -> int:
+    token_bytes = 2 * len(part.layers) * part.kv_heads * part.head_dim * part.dtype.itemsize
+    budget = config.kv_bytes
+    if budget is None:
+        budget = CPU_KV_BYTES
+        if part.device.type == "cuda":
+            budget = int(CUDA_KV_SHARE * torch.cuda.mem_get_info(part.device)[0])
+    pages = budget // (token_bytes * config.page_tokens)
+    if pages < 1:
+        raise UsageError(
+            f"--kv-memory {budget} bytes hold no page: {config.page_tokens} tokens are "
+            f"{token_bytes * config.page_tokens} bytes"
+        )
+    return pages
+
+
+def _limits(config: CloudConfig, loaded: _Loaded) -> pb.Limits:
+    return pb.Limits(
+        max_tokens=min(loaded.context, loaded.runner.cache.capacity_tokens),
+        max_step_tokens=config.max_step_tokens,
+        max_frame_bytes=frames.MAX_FRAME_BYTES,
+        max_inflight_steps=config.max_inflight_steps,
+        max_sessions=config.max_sessions,
+    )

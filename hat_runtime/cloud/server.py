@@ -1,0 +1,320 @@
+"""The gRPC side of the cloud: handshake, streams, back-pressure. All compute is the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from hat_runtime import __version__
+from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_frames
+from hat_runtime.cloud.engine import Engine
+from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone
+from hat_runtime.log import request_id
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.wire import codec, frames
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = (1, 0)
+"""Major and minor version of the session protocol."""
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
+RETRY_METADATA = "grpc-retry-pushback-ms"  # gRPC's own name (gRFC A6)
+RETRY_OVERLOADED_S = 1.0
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What every handshake is compared with."""
+
+    identity: pb.ModelIdentity
+    limits: pb.Limits
+    idle_after_s: float
+
+
+class _Stream:
+    """One session's stream on the event loop: answers waiting to be written, Steps waiting to be answered."""
+
+    def __init__(self, limits: pb.Limits) -> None:
+        self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
+        self._limits = limits
+        self._steps = 0
+        self._tokens = 0
+        self._room = asyncio.Event()
+        self._half_closed = False
+
+    async def admit(self, tokens: int) -> None:
+        """Wait until one more Step of `tokens` may be queued. Meanwhile nothing is read, so gRPC slows the device."""
+        while self._steps and (
+            self._steps >= self._limits.max_inflight_steps
+            or self._tokens + tokens > 2 * self._limits.max_step_tokens
+        ):
+            self._room.clear()
+            await self._room.wait()
+        self._steps += 1
+        self._tokens += tokens
+
+    def answered(self, done: StepDone) -> None:
+        """A Step's answer was written."""
+        self._steps -= 1
+        self._tokens -= done.work.n
+        self._room.set()
+        self._end_if_finished()
+
+    def half_close(self) -> None:
+        """The device sends no more; the stream ends with its last answer."""
+        self._half_closed = True
+        self._end_if_finished()
+
+    def _end_if_finished(self) -> None:
+        if self._half_closed and not self._steps:
+            self.events.put_nowait(None)
+
+
+class RuntimeService:
+    """hat.v1.Runtime."""
+
+    def __init__(self, engine: Engine, served: Served, metrics: CloudMetrics) -> None:
+        self._engine = engine
+        self._served = served
+        self._metrics = metrics
+        self._sessions: dict[str, tuple[Session, _Stream]] = {}
+        self._draining = False
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service for `grpc.aio.Server.add_generic_rpc_handlers`; it counts bytes and survives garbage."""
+        describe = grpc.unary_unary_rpc_method_handler(
+            self.describe,
+            request_deserializer=self._parser(pb.DescribeRequest),
+            response_serializer=pb.DescribeReply.SerializeToString,
+        )
+        session = grpc.stream_stream_rpc_method_handler(
+            self.session,
+            request_deserializer=self._parser(pb.DeviceMessage),
+            response_serializer=self._serialize,
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Describe": describe, "Session": session})
+
+    def drain(self, deadline_s: float) -> None:
+        """Refuse new sessions and tell the open ones to leave within `deadline_s` seconds."""
+        self._draining = True
+        notice = pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=round(deadline_s * 1000))))
+        for _, stream in self._sessions.values():
+            stream.events.put_nowait(notice)
+
+    async def describe(self, request: pb.DescribeRequest | None, context: Context) -> pb.DescribeReply:
+        """See runtime.proto."""
+        limit = self._served.limits.max_frame_bytes
+        if request is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a DescribeRequest")
+        elif request.reply_padding_bytes > limit:
+            text = f"reply_padding_bytes={request.reply_padding_bytes} is more than {limit}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        assert request is not None
+        cache = self._engine.runner.cache
+        return pb.DescribeReply(
+            protocol_major=PROTOCOL[0],
+            protocol_minor=PROTOCOL[1],
+            software=__version__,
+            model=self._served.identity,
+            codecs=codec.CODECS,
+            limits=self._served.limits,
+            pages=pb.PageBudget(page_tokens=cache.page_tokens, total=cache.num_pages, free=cache.free_pages),
+            padding=bytes(request.reply_padding_bytes),
+        )
+
+    async def session(
+        self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context
+    ) -> AsyncIterator[pb.CloudMessage]:
+        """See runtime.proto. Ends without status only when the device has closed its side."""
+        stream = _Stream(self._served.limits)
+        session: Session | None = None
+        reader: asyncio.Task[None] | None = None
+        code = grpc.StatusCode.CANCELLED
+        try:
+            session = await self._open(requests, stream)
+            reader = asyncio.create_task(self._read(requests, session, stream))
+            yield self._opened(session)
+            while (event := await stream.events.get()) is not None:
+                if isinstance(event, Failed):
+                    raise ProtocolError(event.text, event.code, event.retry_after_s)
+                for message in _messages(event):
+                    yield message
+                if isinstance(event, StepDone):
+                    stream.answered(event)
+            code = grpc.StatusCode.OK
+        except ProtocolError as error:
+            code = error.code
+            log.info("stream ends with %s: %s", code.name, error)
+            trailing: tuple[tuple[str, str], ...] = ()
+            if error.retry_after_s is not None:
+                trailing = ((RETRY_METADATA, str(round(error.retry_after_s * 1000))),)
+            await context.abort(code, str(error), trailing)
+        finally:
+            self._metrics.ended.labels(code.name).inc()
+            if reader is not None:
+                reader.cancel()
+            if session is not None:
+                self._sessions.pop(session.id, None)
+                self._engine.close(session)
+
+    async def _open(self, requests: AsyncIterator[pb.DeviceMessage | None], stream: _Stream) -> Session:
+        message = await anext(aiter(requests), None)
+        if message is None or message.WhichOneof("message") != "open":
+            raise ProtocolError(
+                "the first message of a stream must be Open", grpc.StatusCode.FAILED_PRECONDITION
+            )
+        opening = message.open
+        request_id.set(opening.request_id[:128] or "-")
+        self._check_handshake(opening)
+        self._make_room()
+        session = Session(
+            id=secrets.token_hex(16),
+            max_tokens=opening.max_tokens or self._served.limits.max_tokens,
+            deliver=stream.events.put_nowait,
+            last_active=time.monotonic(),
+        )
+        self._sessions[session.id] = (session, stream)
+        self._engine.open(session)
+        log.info("session %s opened", session.id[:8])
+        return session
+
+    def _check_handshake(self, opening: pb.Open) -> None:
+        identity, mismatch = self._served.identity, grpc.StatusCode.FAILED_PRECONDITION
+        if not self._engine.alive:
+            raise ProtocolError("the engine failed; see the cloud's log", grpc.StatusCode.UNAVAILABLE)
+        if self._draining:
+            raise ProtocolError("this replica is going away", grpc.StatusCode.UNAVAILABLE, RETRY_OVERLOADED_S)
+        if opening.HasField("resume"):
+            text = f"session {opening.resume.session_id!r} is unknown: it ended with its stream"
+            raise ProtocolError(text, grpc.StatusCode.NOT_FOUND)
+        for field, device, cloud in (
+            ("model_revision", opening.model_revision, identity.model_revision),
+            ("layers", f"{opening.lo}:{opening.hi}", f"{identity.lo}:{identity.hi}"),
+            ("dtype", opening.dtype, identity.dtype),
+        ):
+            if device != cloud:
+                raise ProtocolError(
+                    f"{field} {device!r} of the device is not the cloud's {cloud!r}", mismatch
+                )
+        if opening.codec not in codec.CODECS:
+            raise ProtocolError(f"codec {opening.codec!r} is none of {', '.join(codec.CODECS)}", mismatch)
+        if opening.max_tokens > self._served.limits.max_tokens:
+            text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
+            raise ProtocolError(text)
+
+    def _make_room(self) -> None:
+        """Under the limit of sessions, if need be by ending the one that is idle longest."""
+        if len(self._sessions) < self._served.limits.max_sessions:
+            return
+        limit = time.monotonic() - self._served.idle_after_s
+        idle = [
+            pair for pair in self._sessions.values() if not pair[0].queue and pair[0].last_active <= limit
+        ]
+        if not idle:
+            text = f"all {self._served.limits.max_sessions} sessions are busy; try again later"
+            raise ProtocolError(text, grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_OVERLOADED_S)
+        session, stream = min(idle, key=lambda pair: pair[0].last_active)
+        del self._sessions[session.id]
+        stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
+
+    def _opened(self, session: Session) -> pb.CloudMessage:
+        fixed_s, per_token_s = self._engine.cost.fit() or (0.0, 0.0)
+        return pb.CloudMessage(
+            opened=pb.Opened(
+                session_id=session.id,
+                committed=0,
+                limits=self._served.limits,
+                cost=pb.CostHints(fixed_s=fixed_s, per_token_s=per_token_s),
+            )
+        )
+
+    async def _read(
+        self, requests: AsyncIterator[pb.DeviceMessage | None], session: Session, stream: _Stream
+    ) -> None:
+        """Feed the engine until the device closes its side or breaks the protocol."""
+        dtype = codec.DTYPES[self._served.identity.dtype]
+        assembler = StepAssembler(self._served.identity.hidden_size, dtype, self._served.limits)
+        try:
+            async for message in requests:
+                kind = None if message is None else message.WhichOneof("message")
+                if kind == "step":
+                    assert message is not None
+                    if message.step.request_id:
+                        request_id.set(message.step.request_id[:128])
+                        log.info("session %s serves this request from here", session.id[:8])
+                    if (work := assembler.feed(message.step)) is not None:
+                        await stream.admit(work.n)
+                        self._engine.submit(session, work)
+                elif kind == "telemetry":
+                    assert message is not None
+                    self._observe(message.telemetry)
+                elif kind == "open":
+                    raise ProtocolError("a second Open on one stream", grpc.StatusCode.FAILED_PRECONDITION)
+                elif message is None:
+                    raise ProtocolError("a message that is no DeviceMessage")
+                # Anything else is from a later minor version and may be ignored.
+            stream.half_close()
+        except ProtocolError as error:
+            stream.events.put_nowait(Failed(error.code, str(error), error.retry_after_s))
+
+    def _observe(self, telemetry: pb.Telemetry) -> None:
+        for metric, value in (
+            (self._metrics.device_uplink, telemetry.uplink_bytes_per_s),
+            (self._metrics.device_rtt, telemetry.rtt_s),
+            (self._metrics.device_ttft, telemetry.ttft_s),
+        ):
+            if 0 < value < float("inf"):
+                metric.observe(value)
+
+    def _parser(self, kind: Any) -> Any:
+        """A deserializer that counts, and gives None for garbage: the handler then ends the stream with a status."""
+
+        def parse(data: bytes) -> Any:
+            self._metrics.uplink_bytes.inc(len(data))
+            try:
+                return kind.FromString(data)
+            except DecodeError:
+                return None
+
+        return parse
+
+    def _serialize(self, message: pb.CloudMessage) -> bytes:
+        data = message.SerializeToString()
+        self._metrics.downlink_bytes.inc(len(data))
+        return data
+
+
+def _messages(event: Any) -> Any:
+    if isinstance(event, StepDone):
+        return result_frames(event)
+    if isinstance(event, Evicted):
+        return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
+    return (event,)
+
+
+def make_server(service: RuntimeService) -> grpc.aio.Server:
+    """A gRPC server with the runtime service and the limits that both sides agree on."""
+    server = grpc.aio.server(
+        options=(
+            ("grpc.max_receive_message_length", frames.MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", frames.MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),  # a busy port must be an error
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.http2.max_ping_strikes", 0),
+        )
+    )
+    server.add_generic_rpc_handlers((service.handler(),))
+    return server

@@ -1,0 +1,110 @@
+"""What the cloud knows of a session: its place in the KV cache and the Steps that wait for their turn."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import grpc
+import torch
+
+from hat_runtime.model.pages import PagedSequence
+
+
+class Want(Enum):
+    """Which deep states a Step asks for (runtime.proto, Want)."""
+
+    NONE = 1
+    LAST = 2
+    ALL = 3
+
+
+@dataclass(eq=False)
+class StepWork:
+    """One Step on its way through the engine."""
+
+    epoch: int
+    start_pos: int
+    want: Want
+    hidden: torch.Tensor
+    """[n, hidden_size] on the CPU, in the compute dtype."""
+    arrived: float
+    """Monotonic seconds."""
+    done: int = 0
+    """Rows that have been computed; a long Step is computed over several passes."""
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    first_pass: float = 0.0
+    """Monotonic seconds at the start of the first pass."""
+    compute_s: float = 0.0
+    batch_tokens: int = 0
+
+    @property
+    def n(self) -> int:
+        """Tokens in the Step."""
+        return len(self.hidden)
+
+    @property
+    def position(self) -> int:
+        """Position of the first row that is not computed yet."""
+        return self.start_pos + self.done
+
+    @property
+    def left(self) -> int:
+        """Rows that are not computed yet."""
+        return self.n - self.done
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """The answer to one Step. `deep` is None for want NONE and for a stale Step."""
+
+    work: StepWork
+    deep: torch.Tensor | None = None
+    stale: bool = False
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """The session's KV cache was given to others, down to `committed` tokens."""
+
+    committed: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The stream ends with this status; the session's pages are free already."""
+
+    code: grpc.StatusCode
+    text: str
+    retry_after_s: float | None = None
+
+
+Event = StepDone | Evicted | Failed
+
+
+@dataclass(eq=False)
+class Session:
+    """One generation session. Only the engine's thread touches it after `Engine.open`."""
+
+    id: str
+    max_tokens: int
+    deliver: Callable[[Event], None]
+    """Takes the session's events; called on the event loop's thread."""
+    sequence: PagedSequence = field(default_factory=PagedSequence)
+    queue: deque[StepWork] = field(default_factory=deque)
+    epoch: int = 0
+    """Highest epoch that has arrived: queued Steps of an older one are stale."""
+    lost_pages: bool = False
+    """Evicted, and the device's upload from `committed` has not arrived yet: what comes before it is stale."""
+    evictions: int = 0
+    starved: bool = False
+    """Waited for pages in the last pass, so it goes first in the next."""
+    last_active: float = 0.0
+    """Monotonic seconds of the last arrival or answer."""
+
+    @property
+    def committed(self) -> int:
+        """Tokens in the KV cache."""
+        return self.sequence.length
