@@ -1,0 +1,65 @@
+"""From a model folder and a cloud's address to a generator."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import torch
+
+from hat_runtime.device.generator import Generator, GeneratorConfig
+from hat_runtime.device.handshake import bind
+from hat_runtime.device.link import CloudLink
+from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.device.submodels import DeviceModel
+from hat_runtime.model.manifest import identity
+from hat_runtime.wire.codec import DTYPES
+
+
+async def connect(
+    folder: Path,
+    cloud: str,
+    dtype: str | torch.dtype = "bfloat16",
+    *,
+    config: GeneratorConfig | None = None,
+    metrics: DeviceMetrics | None = None,
+    device: str = "cpu",
+    kv_tokens: int = 32768,
+    page_tokens: int = 16,
+) -> Generator:
+    """Ask the cloud what it serves, compare, and load this device's part. End it with `Generator.close`.
+
+    Args:
+        folder: the whole model or its device part.
+        cloud: "HOST:PORT" of `hat cloud serve`.
+        dtype: compute dtype, the cloud's.
+        config: policies of the generator.
+        metrics: where it counts; a registry of its own by default.
+        device: torch device for the device's submodels.
+        kv_tokens: tokens that all sessions of this device may hold together.
+        page_tokens: tokens of one KV page on this device.
+
+    Raises:
+        CloudUnavailable: not reachable.
+        HandshakeError: the cloud serves another model, split or dtype.
+        ModelError: the folder cannot be used.
+    """
+    compute = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    link = CloudLink(cloud, metrics)
+    try:
+        description = await link.describe()
+        manifest = await asyncio.to_thread(identity, folder)
+        binding = bind(manifest, folder, description, compute, cloud)
+        model = await asyncio.to_thread(
+            DeviceModel.load,
+            folder,
+            binding.layers.lo,
+            compute,
+            device=device,
+            kv_tokens=kv_tokens,
+            page_tokens=page_tokens,
+        )
+    except BaseException:
+        await link.close()
+        raise
+    return Generator(model, link, binding, config)

@@ -1,0 +1,118 @@
+"""Sessions kept open after an answer, so that the next turn sends only its new tokens."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.device.session import CloudSession
+from hat_runtime.device.submodels import DeviceModel
+from hat_runtime.model.pages import PagedSequence
+
+_DRAIN_S = 5.0
+
+
+@dataclass(eq=False)
+class Conversation:
+    """The tokens that device and cloud hold in their KV caches for one session."""
+
+    session: CloudSession
+    sequence: PagedSequence = field(default_factory=PagedSequence)
+    tokens: list[int] = field(default_factory=list)
+    shallow: int = 0
+    """Leading `tokens` that the device's KV cache holds for certain."""
+
+    @property
+    def held(self) -> int:
+        """Leading tokens that both sides' KV caches hold: a Step may start at any position up to it."""
+        return min(len(self.tokens), self.shallow, self.session.committed)
+
+    def continue_with(self, tokens: Sequence[int], start: int) -> None:
+        """Replace what comes from position `start` on; both caches are cut there by the next pass."""
+        self.tokens = list(tokens)
+        self.shallow = min(self.shallow, start)
+
+
+class ConversationStore:
+    """Idle conversations, the least recently used first; bounded."""
+
+    def __init__(self, model: DeviceModel, metrics: DeviceMetrics, *, max_idle: int, min_reuse: int) -> None:
+        """Keep at most `max_idle` conversations, and reuse one from `min_reuse` common tokens on."""
+        self._model = model
+        self._metrics = metrics
+        self._max_idle = max_idle
+        self._min_reuse = min_reuse
+        self._idle: OrderedDict[int, Conversation] = OrderedDict()
+        self._ids = count()
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    @property
+    def idle(self) -> list[Conversation]:
+        """The idle conversations, the least recently used first."""
+        return list(self._idle.values())
+
+    async def take(self, prompt: Sequence[int]) -> tuple[Conversation, int] | None:
+        """The idle conversation that shares most of its beginning with the prompt, and how many tokens to reuse.
+
+        The last token of the prompt is never reused: its deep state is needed. None if no conversation is worth it.
+        """
+        while True:
+            shared = {
+                key: common_prefix(prompt[:-1], conversation.tokens[: conversation.held])
+                for key, conversation in self._idle.items()
+                if conversation.session.alive and not conversation.session.draining
+            }
+            # Keys grow, so among equals the most recent wins.
+            best = max(((length, key) for key, length in shared.items()), default=(0, 0))
+            if best[0] < self._min_reuse:
+                return None
+            conversation = self._idle.pop(best[1])
+            self._metrics.sessions_idle.set(len(self._idle))
+            # A cancelled request may have left a Step under way; its Result settles what the cloud holds.
+            if await conversation.session.drained(_DRAIN_S):
+                start = common_prefix(prompt[:-1], conversation.tokens[: conversation.held])
+                conversation.continue_with(prompt, start)
+                return conversation, start
+            self.discard(conversation)
+
+    def put(self, conversation: Conversation) -> None:
+        """Keep a conversation for its next turn, and drop the least recently used beyond the bound."""
+        if conversation.session.alive and not conversation.session.draining:
+            self._idle[next(self._ids)] = conversation
+        else:
+            self.discard(conversation)
+        while len(self._idle) > self._max_idle:
+            self.evict_one()
+        self._metrics.sessions_idle.set(len(self._idle))
+
+    def evict_one(self) -> bool:
+        """Drop the least recently used idle conversation; False if there is none."""
+        if not self._idle:
+            return False
+        _, conversation = self._idle.popitem(last=False)
+        self.discard(conversation)
+        self._metrics.sessions_idle.set(len(self._idle))
+        return True
+
+    def discard(self, conversation: Conversation) -> None:
+        """End a conversation on both sides."""
+        conversation.session.close()
+        self._model.release(conversation.sequence)
+
+    def clear(self) -> None:
+        """Drop all idle conversations."""
+        while self.evict_one():
+            pass
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

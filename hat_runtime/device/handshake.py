@@ -1,0 +1,101 @@
+"""Do this device's model folder and the cloud belong together? Compared before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hat_runtime.device.session import Binding
+from hat_runtime.errors import HandshakeError
+from hat_runtime.model.manifest import Manifest, read_config
+from hat_runtime.model.split import LayerRange
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.wire.codec import CODECS, dtype_name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One thing that device and cloud must agree on."""
+
+    name: str
+    device: str
+    cloud: str
+    agree: bool
+    fix: str
+
+
+def compare(
+    manifest: Manifest, folder: Path, description: pb.DescribeReply, dtype: torch.dtype
+) -> list[Comparison]:
+    """Compare the device's folder and dtype with what the cloud describes, most important first."""
+    cloud = description.model
+    other_model = "prepare the same model on both sides with `hat model prepare`"
+    weights = Comparison(
+        "weights_id",
+        manifest.weights_id,
+        cloud.weights_id,
+        manifest.weights_id == cloud.weights_id,
+        other_model,
+    )
+    revision = Comparison(
+        "model_revision",
+        manifest.model_revision,
+        cloud.model_revision,
+        manifest.model_revision == cloud.model_revision,
+        "the configurations differ (config.json): copy the cloud's folder" if weights.agree else other_model,
+    )
+    held = LayerRange(manifest.part.lo, manifest.part.hi)
+    wanted = LayerRange(0, cloud.lo)
+    layers = Comparison(
+        "layers",
+        f"{held} of {manifest.num_layers}",
+        f"{LayerRange(cloud.lo, cloud.hi)}, so the device runs {wanted}",
+        held.lo == 0
+        and held.hi >= cloud.lo
+        and manifest.part.kind != "cloud"
+        and cloud.hi == manifest.num_layers,
+        f"prepare {folder} again with --part device --input-layers {cloud.lo}, or whole",
+    )
+    width = read_config(folder).get("hidden_size")
+    return [
+        weights,
+        revision,
+        layers,
+        Comparison(
+            "hidden_size", str(width), str(cloud.hidden_size), width == cloud.hidden_size, other_model
+        ),
+        Comparison(
+            "dtype",
+            dtype_name(dtype),
+            cloud.dtype,
+            dtype_name(dtype) == cloud.dtype,
+            f"start this side with --dtype {cloud.dtype}",
+        ),
+        Comparison(
+            "codec",
+            ", ".join(CODECS),
+            ", ".join(description.codecs),
+            bool(set(CODECS) & set(description.codecs)),
+            "install the same version of HAT on both sides",
+        ),
+    ]
+
+
+def bind(
+    manifest: Manifest, folder: Path, description: pb.DescribeReply, dtype: torch.dtype, address: str
+) -> Binding:
+    """What sessions with this cloud are opened with.
+
+    Raises:
+        HandshakeError: names the first thing that differs, with both values.
+    """
+    for item in compare(manifest, folder, description, dtype):
+        if not item.agree:
+            raise HandshakeError(
+                f"{item.name} differs: {item.device} on this device ({folder}), {item.cloud} "
+                f"in the cloud at {address}; {item.fix}"
+            )
+    cloud = description.model
+    return Binding(cloud.model_revision, LayerRange(cloud.lo, cloud.hi), dtype, cloud.hidden_size)

@@ -1,0 +1,188 @@
+"""The device's connection to the cloud: one gRPC channel, Describe, and sessions on it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from hat_runtime.device.estimates import LinkEstimate
+from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.device.refusals import explain
+from hat_runtime.device.session import Binding, CloudSession
+from hat_runtime.errors import HandshakeError
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.proto.hat.v1 import runtime_pb2_grpc
+from hat_runtime.wire.codec import dtype_name
+from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
+
+PROTOCOL_MAJOR = 1
+PROTOCOL_MINOR = 0
+TELEMETRY_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class LinkRate:
+    """Goodput of the link as measured with padded Describe calls, in bytes per second."""
+
+    up: float
+    down: float
+
+
+class CloudLink:
+    """A channel to one cloud. For the event loop that made it."""
+
+    def __init__(
+        self, address: str, metrics: DeviceMetrics | None = None, *, timeout_s: float = 10.0
+    ) -> None:
+        """Connect lazily: the first call does it.
+
+        Args:
+            address: "HOST:PORT" of the cloud's gRPC port.
+            metrics: where bytes and round-trip times are counted.
+            timeout_s: longest wait for Describe and for a session to open.
+        """
+        self.address = address
+        self.metrics = metrics or DeviceMetrics(CollectorRegistry())
+        self.timeout_s = timeout_s
+        self.estimate = LinkEstimate()
+        self.retry_at_s = 0.0
+        """time.monotonic() before which the cloud asked not to be bothered (Notice RETRY)."""
+        self.sessions: set[CloudSession] = set()
+        self.limits = pb.Limits()
+        """The cloud's limits as of the last Describe."""
+        self._telemetry_at_s = 0.0
+        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(address))
+        self._stub = runtime_pb2_grpc.RuntimeStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def describe(self, *, padding: int = 0, reply_padding: int = 0) -> pb.DescribeReply:
+        """What the cloud serves.
+
+        Args:
+            padding: bytes of ballast to send up.
+            reply_padding: bytes of ballast to get back.
+
+        Raises:
+            CloudUnavailable: not reachable, or no answer in time.
+            HandshakeError: it does not speak this protocol.
+        """
+        request = pb.DescribeRequest(padding=bytes(padding), reply_padding_bytes=reply_padding)
+        try:
+            reply: pb.DescribeReply = await self._stub.Describe(request, timeout=self.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise explain(error, self.address) from error
+        if reply.protocol_major != PROTOCOL_MAJOR:
+            raise HandshakeError(
+                f"the cloud at {self.address} speaks protocol {reply.protocol_major}.{reply.protocol_minor}, this "
+                f"device {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}: install the same major version of HAT on both sides"
+            )
+        self.limits = reply.limits
+        return reply
+
+    def open_session(self, binding: Binding, *, request_id: str = "", tenant: str = "") -> CloudSession:
+        """Open a generation session, without waiting for the cloud's consent: see `CloudSession.opened`.
+
+        What can go wrong ends the session: CloudUnavailable (not reachable, or full, and then `retry_after_s` says
+        when to try again), HandshakeError (another model, split, dtype or codec).
+        """
+        metadata = (("x-request-id", request_id),) if request_id else None
+        session = CloudSession(self, self._stub.Session(metadata=metadata), binding)
+        self.sessions.add(session)
+        message = pb.Open(
+            model_revision=binding.model_revision,
+            lo=binding.layers.lo,
+            hi=binding.layers.hi,
+            dtype=dtype_name(binding.dtype),
+            codec=binding.codec,
+            tenant=tenant,
+            request_id=request_id,
+            protocol_minor=PROTOCOL_MINOR,
+        )
+        session.open(message, self.limits, self.timeout_s)
+        return session
+
+    async def measure_rtt(self, calls: int = 7) -> float:
+        """Median time of an empty Describe on a warm connection, in seconds."""
+        await self.describe()
+        times = []
+        for _ in range(calls):
+            began = time.perf_counter()
+            await self.describe()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    async def measure_rate(self, max_bytes: int = MAX_FRAME_BYTES, enough_s: float = 0.3) -> LinkRate:
+        """Goodput up and down: growing padding until a transfer takes `enough_s` or is `max_bytes` long."""
+        rtt = await self.measure_rtt()
+
+        async def rate(up: bool) -> float:
+            size = min(max_bytes, 16 * 1024)
+            while True:
+                began = time.perf_counter()
+                await self.describe(padding=size if up else 0, reply_padding=0 if up else size)
+                took = max(time.perf_counter() - began - rtt, 1e-6)
+                if took >= enough_s or size >= max_bytes:
+                    return size / took
+                size = min(max_bytes, size * 4)
+
+        return LinkRate(up=await rate(True), down=await rate(False))
+
+    def saw_result(
+        self, sent_bytes: int, elapsed_s: float, queue_s: float, compute_s: float, alone: bool
+    ) -> None:
+        """Note an answered Step's timing (called by the sessions)."""
+        self.metrics.cloud_queue.observe(queue_s)
+        self.metrics.cloud_step.observe(compute_s)
+        if alone:
+            self.estimate.add(sent_bytes, elapsed_s, queue_s + compute_s)
+            self.metrics.link_rtt.set(self.estimate.rtt_s)
+
+    def send_telemetry(
+        self, session: CloudSession, *, shallow_s_per_token: float, chunk: int, ttft_s: float
+    ) -> None:
+        """Tell the cloud how link and device do, at most once in 5 s for the whole link."""
+        now = time.monotonic()
+        if now - self._telemetry_at_s < TELEMETRY_EVERY_S or not session.alive:
+            return
+        self._telemetry_at_s = now
+        session.send_telemetry(
+            pb.Telemetry(
+                uplink_bytes_per_s=self.estimate.uplink_bytes_per_s,
+                rtt_s=self.estimate.rtt_s,
+                shallow_s_per_token=shallow_s_per_token,
+                chunk_tokens=chunk,
+                ttft_s=ttft_s,
+            )
+        )
+
+    def forget(self, session: CloudSession) -> None:
+        """A session has ended (called by the session)."""
+        self.sessions.discard(session)
+
+    async def close(self) -> None:
+        """End all sessions and the connection."""
+        for session in list(self.sessions):
+            session.close()
+        await self._channel.close()
+
+
+def _channel_options(address: str) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # NAT boxes forget idle connections; the server accepts a ping every 10 s.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # After an outage the next request should find the cloud soon, not after gRPC's two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if address.startswith(("127.", "localhost:", "[::1]")):
+        options.append(("grpc.enable_http_proxy", 0))
+    return options

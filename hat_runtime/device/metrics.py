@@ -1,0 +1,80 @@
+"""What a device counts and times, for Prometheus. Names follow vLLM's habit with the prefix hat_."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+_TBT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class DeviceMetrics:
+    """The metrics of one device, in one registry. No prompt, token or hidden state is in any of them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "hat_requests",
+            "Requests by how they ended: stop, length, cancelled or error.",
+            ["finish_reason"],
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("hat_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.cached_prompt_tokens = Counter(
+            "hat_cached_prompt_tokens",
+            "Prompt tokens taken over from an earlier turn, not sent again.",
+            registry=registry,
+        )
+        self.generation_tokens = Counter("hat_generation_tokens", "Tokens generated.", registry=registry)
+        self.verify_rounds = Counter(
+            "hat_verify_rounds", "Steps for which the cloud sent deep states back.", registry=registry
+        )
+        self.evictions = Counter(
+            "hat_session_evictions", "Times the cloud gave a session's KV cache to others.", registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "hat_time_to_first_token_seconds",
+            "From the start of a request to its first token.",
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "hat_inter_token_latency_seconds",
+            "Between two tokens.",
+            buckets=_TBT_BUCKETS,
+            registry=registry,
+        )
+        self.sessions_running = Gauge(
+            "hat_num_sessions_running", "Requests being answered.", registry=registry
+        )
+        self.sessions_idle = Gauge(
+            "hat_num_sessions_idle", "Conversations kept for their next turn.", registry=registry
+        )
+        self.uplink_bytes = Counter(
+            "hat_uplink_bytes", "Bytes of messages sent to the cloud.", registry=registry
+        )
+        self.downlink_bytes = Counter(
+            "hat_downlink_bytes", "Bytes of messages received from the cloud.", registry=registry
+        )
+        self.link_rtt = Gauge(
+            "hat_link_rtt_seconds",
+            "Round-trip time of a small Step without the cloud's work.",
+            registry=registry,
+        )
+        self.chunk_size = Gauge("hat_chunk_size_tokens", "Tokens of a prompt chunk.", registry=registry)
+        self.cloud_queue = Histogram(
+            "hat_cloud_queue_seconds",
+            "From a Step's arrival in the cloud to its pass, as replies say.",
+            buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self.cloud_step = Histogram(
+            "hat_cloud_step_seconds",
+            "Duration of the cloud's passes for a Step, as replies say.",
+            buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self.kv_usage = Gauge(
+            "hat_kv_cache_usage_ratio", "Share of the device's KV pages in use.", registry=registry
+        )

@@ -1,0 +1,65 @@
+"""What a caller asks of the generator, and what it gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hat_runtime.device.sampling import SamplingParams
+
+STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token."""
+
+    token_id: int
+    index: int
+    """0 for the first generated token."""
+    time_s: float
+    """time.monotonic() of its sampling."""
+
+
+@dataclass
+class GenerationStats:
+    """Figures of one request; complete when its iterator has ended."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens taken over from an earlier turn: neither computed nor sent again."""
+    ttft_s: float = 0.0
+    """From the call to the first token; 0 if there was none."""
+    tbt_s: float = 0.0
+    """Mean time between tokens; 0 with fewer than two."""
+    uplink_bytes: int = 0
+    """gRPC message bytes sent to the cloud; HTTP/2 framing is not included."""
+    downlink_bytes: int = 0
+    rounds: int = 0
+    """Steps for which the cloud sent deep states back."""
+    finish_reason: str = ""
+    """"stop", "length", "cancelled" or "error"."""
+    chunk_tokens: int = 0
+    """Tokens of a prompt chunk; 0: the prompt went in one Step."""
+    cloud_compute_s: float = 0.0
+    """Sum over the Steps, in the cloud's own clock. Steps that shared a pass count it each."""
+    cloud_queue_s: float = 0.0
+    evictions: int = 0
+    """Times that the cloud gave the KV cache away and the device uploaded again."""
+
+
+@dataclass
+class GenerationRequest:
+    """One text to be continued."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the text; the one that did is part of the output."""
+    request_id: str = ""
+    """The same in the logs of device and cloud."""
+    chunk_tokens: int | None = None
+    """Tokens of a prompt chunk; None: the device's default, 0: the whole prompt in one Step."""
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    """Filled in by the generator."""

@@ -1,0 +1,354 @@
+"""The device's end of one session stream: Steps out, Results in, in order, several in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import torch
+
+from hat_runtime.device.refusals import CloudRefused, explain
+from hat_runtime.errors import CloudUnavailable, HatError
+from hat_runtime.model.split import LayerRange
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.wire import codec, frames
+
+if TYPE_CHECKING:
+    from hat_runtime.device.link import CloudLink
+
+Want = pb.Want.ValueType
+NONE, LAST, ALL = pb.WANT_NONE, pb.WANT_LAST, pb.WANT_ALL
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What device and cloud must have in common, as the device knows it from its own model folder."""
+
+    model_revision: str
+    layers: LayerRange
+    """The cloud's layers."""
+    dtype: torch.dtype
+    hidden_size: int
+    codec: str = codec.RAW
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The cloud's answer to one Step."""
+
+    stale: bool
+    """True: not computed, because the epoch was raised or the session evicted."""
+    start: int
+    n: int
+    deep: torch.Tensor | None = None
+    """[1, hidden_size] for LAST, [n, hidden_size] for ALL, None for NONE or a stale Step."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    batch_tokens: int = 0
+    suggested_chunk: int = 0
+
+
+@dataclass
+class _Step:
+    epoch: int
+    start: int
+    hidden: torch.Tensor
+    want: Want
+    request_id: str
+    future: asyncio.Future[StepResult]
+    alone: bool
+    """No other Step of the session was unanswered when this one was submitted."""
+    submitted_s: float = field(default_factory=time.monotonic)
+    received: bytearray = field(default_factory=bytearray)
+
+    @property
+    def n(self) -> int:
+        return len(self.hidden)
+
+
+class CloudSession:
+    """One open session. For the event loop's thread only; `CloudLink.open_session` makes it.
+
+    `committed` never exceeds what the cloud's KV cache holds for the tokens sent last, so a Step may start at any
+    position up to it.
+    """
+
+    def __init__(self, link: CloudLink, call: grpc.aio.StreamStreamCall[Any, Any], binding: Binding) -> None:
+        self.link = link
+        self.binding = binding
+        self.session_id = ""
+        self.limits = pb.Limits()
+        self.cost = pb.CostHints()
+        self.epoch = 0
+        self.committed = 0
+        self.evictions = 0
+        self.draining = False
+        """The cloud announced that it goes away: open no further request on this session."""
+        self.error: HatError | None = None
+        """Why the session ended; None while it lives."""
+        self.uplink_bytes = 0
+        self.downlink_bytes = 0
+        self._call = call
+        self._end = 0
+        self._unsent: deque[_Step] = deque()
+        self._extra: deque[pb.DeviceMessage] = deque()
+        self._unanswered: deque[_Step] = deque()
+        self._wake_writer = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._read_all()), asyncio.create_task(self._write_all())]
+
+    @property
+    def unanswered(self) -> int:
+        """Steps that wait for their Result."""
+        return len(self._unanswered)
+
+    @property
+    def alive(self) -> bool:
+        """Whether Steps may be submitted."""
+        return self.error is None
+
+    def open(self, message: pb.Open, limits: pb.Limits, timeout_s: float) -> None:
+        """Queue Open. Steps may follow at once, under the limits that Describe announced: no round trip is lost.
+
+        If the cloud refuses, or does not answer in time, the session ends and `error` says why.
+        """
+        self.limits = limits
+        self._extra.append(pb.DeviceMessage(open=message))
+        self._wake_writer.set()
+        timeout = CloudUnavailable(
+            f"the cloud at {self.link.address} did not open a session in {timeout_s:g} s"
+        )
+        timer = asyncio.get_running_loop().call_later(timeout_s, self.close, timeout)
+        self._opened.add_done_callback(lambda _: timer.cancel())
+
+    async def opened(self) -> None:
+        """Wait for the cloud's Opened. Raises the error with which the session ended instead."""
+        await asyncio.shield(self._opened)
+
+    def submit(
+        self, start: int, hidden: torch.Tensor, want: Want, request_id: str = ""
+    ) -> asyncio.Future[StepResult]:
+        """Queue one Step and return the future of its Result.
+
+        Args:
+            start: position of the first row; below the end of what was sent before, it truncates.
+            hidden: shallow states [n, hidden_size], n >= 1.
+            want: NONE, LAST or ALL.
+            request_id: names the request in the cloud's log; for the first Step of a request.
+
+        Returns:
+            A future. A Step that starts beyond what the cloud holds (it was evicted) is answered stale at once.
+
+        Raises:
+            HatError: the session has ended; the error says why.
+            ValueError: hidden has a wrong shape or dtype.
+        """
+        if self.error is not None:
+            raise self.error
+        if (
+            hidden.dtype != self.binding.dtype
+            or hidden.shape[1:] != (self.binding.hidden_size,)
+            or not len(hidden)
+        ):
+            raise ValueError(f"shallow states are {hidden.dtype} {list(hidden.shape)}, not {self.binding}")
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        if start > self._end:
+            future.set_result(StepResult(True, start, len(hidden)))
+            return future
+        step = _Step(self.epoch, start, hidden, want, request_id, future, alone=not self._unanswered)
+        self.committed = min(self.committed, start)
+        self._end = start + len(hidden)
+        self._unsent.append(step)
+        self._unanswered.append(step)
+        self._wake_writer.set()
+        return future
+
+    def discard(self) -> None:
+        """Raise the epoch: Steps under way are of no interest any more, and unsent ones are never sent."""
+        for step in self._unanswered:
+            step.future.cancel()
+        self._drop_unsent()
+        self.epoch += 1
+        self._end = self.committed
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no Step is unanswered; False if the session ended or the time was up first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._unanswered and self.alive:
+                    self._answered.clear()
+                    await self._answered.wait()
+        except TimeoutError:
+            return False
+        if self.alive:
+            self._end = self.committed
+        return self.alive
+
+    def send_telemetry(self, telemetry: pb.Telemetry) -> None:
+        """Queue a Telemetry message; nobody answers it."""
+        self._extra.append(pb.DeviceMessage(telemetry=telemetry))
+        self._wake_writer.set()
+
+    def close(self, error: HatError | None = None) -> None:
+        """End the stream; the cloud frees what the session held. Futures that wait get the error."""
+        self._end_with(error or CloudUnavailable("the session was closed by this device"))
+        for task in self._tasks:
+            task.cancel()
+        self._call.cancel()
+
+    # Writing
+
+    async def _write_all(self) -> None:
+        # A task of its own, because cancelling a write of grpc.aio cancels the whole stream.
+        try:
+            while True:
+                while self._extra or self._unsent:
+                    if self._extra:
+                        await self._write(self._extra.popleft())
+                        continue
+                    for message in _frames(self._unsent.popleft(), self.limits.max_frame_bytes):
+                        await self._write(message)
+                self._wake_writer.clear()
+                await self._wake_writer.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the stream has ended: the reader knows why
+
+    async def _write(self, message: pb.DeviceMessage) -> None:
+        size = message.ByteSize()
+        self.uplink_bytes += size
+        self.link.metrics.uplink_bytes.inc(size)
+        await self._call.write(message)
+
+    # Reading
+
+    async def _read_all(self) -> None:
+        try:
+            while not isinstance(message := await self._call.read(), type(grpc.aio.EOF)):
+                size = message.ByteSize()
+                self.downlink_bytes += size
+                self.link.metrics.downlink_bytes.inc(size)
+                self._receive(message)
+            self._end_with(CloudUnavailable(f"the cloud at {self.link.address} closed the session"))
+        except grpc.aio.AioRpcError as error:
+            self._end_with(explain(error, self.link.address))
+        except CloudRefused as error:
+            self.close(error)
+
+    def _receive(self, message: pb.CloudMessage) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "result":
+            self._receive_result(message.result)
+        elif kind == "notice":
+            self._receive_notice(message.notice)
+        elif kind == "opened":
+            opened = message.opened
+            self.session_id = opened.session_id
+            self.limits, self.cost = opened.limits, opened.cost
+            if not self._opened.done():
+                self._opened.set_result(None)
+
+    def _receive_result(self, result: pb.Result) -> None:
+        if not self._unanswered:
+            raise CloudRefused(f"the cloud at {self.link.address} sent a Result that no Step asked for")
+        step = self._unanswered[0]
+        if (result.epoch, result.start_pos, result.n) != (step.epoch, step.start, step.n):
+            raise CloudRefused(
+                f"the cloud at {self.link.address} answered epoch {result.epoch}, start_pos {result.start_pos}, "
+                f"n {result.n}, but the oldest Step is epoch {step.epoch}, start_pos {step.start}, n {step.n}"
+            )
+        if result.more or step.received:
+            step.received += result.payload
+            if result.more:
+                return
+        payload = step.received or result.payload
+        self._unanswered.popleft()
+        self._answered.set()
+        queue_s, compute_s = result.queue_us / 1e6, result.compute_us / 1e6
+        stale = result.status == pb.STATUS_STALE
+        deep = None
+        if not stale:
+            self.committed = step.start + step.n
+            rows = {NONE: 0, LAST: 1, ALL: step.n}[step.want]
+            try:
+                deep = (
+                    codec.decode(payload, rows, self.binding.hidden_size, self.binding.dtype)
+                    if rows
+                    else None
+                )
+            except ValueError as error:
+                raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
+            elapsed_s = time.monotonic() - step.submitted_s
+            self.link.saw_result(step.hidden.nbytes, elapsed_s, queue_s, compute_s, step.alone)
+        if not step.future.done():
+            step.future.set_result(
+                StepResult(
+                    stale,
+                    step.start,
+                    step.n,
+                    deep,
+                    queue_s,
+                    compute_s,
+                    result.batch_tokens,
+                    result.suggested_chunk,
+                )
+            )
+
+    def _receive_notice(self, notice: pb.Notice) -> None:
+        kind = notice.WhichOneof("notice")
+        if kind == "evicted":
+            self.evictions += 1
+            self.link.metrics.evictions.inc()
+            self.committed = min(self.committed, notice.evicted.committed)
+            self._drop_unsent()
+            self.epoch += 1
+            self._end = self.committed
+        elif kind == "drain":
+            self.draining = True
+        elif kind == "retry":
+            self.link.retry_at_s = time.monotonic() + notice.retry.after_ms / 1000
+
+    def _drop_unsent(self) -> None:
+        """Answer the Steps that were not sent as stale; they are the last of the unanswered ones."""
+        for _ in range(len(self._unsent)):
+            step = self._unsent.pop()
+            last = self._unanswered.pop()
+            assert last is step
+            if not step.future.done():
+                step.future.set_result(StepResult(True, step.start, step.n))
+        self._answered.set()
+
+    def _end_with(self, error: HatError) -> None:
+        if self.error is not None:
+            return
+        self.error = error
+        self._unsent.clear()
+        waiting: list[asyncio.Future[Any]] = [self._opened, *(step.future for step in self._unanswered)]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # whoever waits gets it; nobody waiting is no mistake
+        self._unanswered.clear()
+        self._answered.set()
+        self.link.forget(self)
+
+
+def _frames(step: _Step, max_bytes: int) -> Iterator[pb.DeviceMessage]:
+    payload = codec.encode(step.hidden)
+    for part, more in frames.split(payload, max_bytes or frames.MAX_FRAME_BYTES):
+        yield pb.DeviceMessage(
+            step=pb.Step(
+                epoch=step.epoch,
+                start_pos=step.start,
+                n=step.n,
+                want=step.want,
+                payload=part,
+                more=more,
+                request_id=step.request_id,
+            )
+        )
