@@ -1,0 +1,228 @@
+"""Times bare transformers layers, for the limits that our engine and servers are held against.
+
+The model is loaded with plain `AutoModelForCausalLM.from_pretrained`, and its layers are called one after the other
+with transformers' own `DynamicCache` and attention. Nothing of our loader, cache, engine or servers runs here: their
+slowness must not make a limit look better. `python -m hat_runtime.model.calibrate FOLDER` prints the result as JSON, so
+that a process that must stay small or unpinned can have it measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from hat_runtime.errors import ModelError
+from hat_runtime.model.split import cloud_layers, device_layers
+from hat_runtime.wire.codec import DTYPES, row_bytes
+
+CHUNKS = (128, 256, 512)
+"""Chunk sizes tried for beta and s, beside the whole prompt."""
+
+
+@dataclass(frozen=True)
+class ComputeParts:
+    """Times of the three submodels, in seconds, by themselves on this machine."""
+
+    t_in: float
+    """Embedding and input layers, one token."""
+    t_head: float
+    """Final norm, LM head and argmax, one token."""
+    t_cloud: float
+    """Middle layers, one token."""
+    beta: float
+    """Middle layers, a token of the prompt; whole or in chunks, whichever is faster."""
+    s: float
+    """Embedding and input layers, a token of the prompt; whole or in chunks, whichever is faster."""
+    hidden_bytes: int
+    """One hidden state on the wire."""
+    prompt_tokens: int
+    """Prompt length of `beta` and `s`."""
+    context_tokens: int
+    """Tokens in the cache when `t_in` and `t_cloud` were measured."""
+    input_layers: int
+    num_layers: int
+    dtype: str
+    threads: int
+
+
+class BareModel:
+    """A whole model whose parts can be called by themselves. One sequence; hidden states are [1, T, hidden_size]."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """Load the model in `folder` on the CPU.
+
+        Raises:
+            ModelError: its layers differ in their attention; they would need more than one mask.
+        """
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.config = self.model.config
+        if len(set(getattr(self.config, "layer_types", None) or ["full_attention"])) > 1:
+            raise ModelError(
+                f"{folder}: layers of more than one type; calibration knows models of one layer type only"
+            )
+        self.num_layers: int = self.config.num_hidden_layers
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] -> embeddings."""
+        embeddings: torch.Tensor = self.model.model.embed_tokens(ids[None])
+        return embeddings
+
+    def layers(
+        self, hidden: torch.Tensor, lo: int, hi: int, cache: DynamicCache, start: int, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Decoder layers lo <= i < hi over rows at positions start, start + 1, ...
+
+        Args:
+            hidden: rows [1, T, hidden_size].
+            lo: first layer.
+            hi: layer after the last.
+            cache: grows by the T rows in these layers.
+            start: rows already in these layers' cache.
+            positions: [1, T], start and the following.
+        """
+        rotary = self.model.model.rotary_emb(hidden, position_ids=positions)
+        mask = None  # one token sees everything; a prompt from position 0 is what is_causal means
+        if start > 0 and hidden.shape[1] > 1:
+            mask = (torch.arange(start + hidden.shape[1])[None] <= positions[0][:, None])[None, None]
+        for layer in self.model.model.layers[lo:hi]:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head: logits [1, T, vocabulary]."""
+        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return logits
+
+
+@torch.inference_mode()
+def calibrate(
+    folder: Path,
+    input_layers: int,
+    dtype: str = "bfloat16",
+    prompt_tokens: int = 1000,
+    context_tokens: int | None = None,
+    repeats: int = 30,
+    prompt_repeats: int = 3,
+) -> ComputeParts:
+    """Measure the parts of a limit; medians.
+
+    Args:
+        folder: a whole model that transformers loads.
+        input_layers: layers on the device.
+        dtype: "float32" or "bfloat16".
+        prompt_tokens: S, the prompt of the first-token limit.
+        context_tokens: tokens before the one that is timed; default `prompt_tokens`.
+        repeats: of one token.
+        prompt_repeats: of the prompt, for each chunk size.
+    """
+    bare = BareModel(folder, DTYPES[dtype])
+    low, high = device_layers(input_layers, bare.num_layers), cloud_layers(input_layers, bare.num_layers)
+    context = prompt_tokens if context_tokens is None else context_tokens
+    generator = torch.Generator().manual_seed(0)
+    length = max(prompt_tokens, context) + repeats + 2
+    ids = torch.randint(bare.config.vocab_size, (length,), generator=generator)
+    everywhere = torch.arange(length)[None]
+
+    def shallow(start: int, end: int, cache: DynamicCache) -> torch.Tensor:
+        return bare.layers(bare.embed(ids[start:end]), low.lo, low.hi, cache, start, everywhere[:, start:end])
+
+    rows = shallow(0, length, DynamicCache())
+
+    def middle(start: int, end: int, cache: DynamicCache) -> torch.Tensor:
+        return bare.layers(rows[:, start:end], high.lo, high.hi, cache, start, everywhere[:, start:end])
+
+    deep = middle(0, 1, DynamicCache())
+    return ComputeParts(
+        t_in=_one_token(shallow, context, repeats),
+        t_head=_median(lambda: int(bare.head(deep).argmax()), repeats),
+        t_cloud=_one_token(middle, context, repeats),
+        beta=_per_token(middle, prompt_tokens, prompt_repeats),
+        s=_per_token(shallow, prompt_tokens, prompt_repeats),
+        hidden_bytes=row_bytes(bare.config.hidden_size, DTYPES[dtype]),
+        prompt_tokens=prompt_tokens,
+        context_tokens=context,
+        input_layers=input_layers,
+        num_layers=bare.num_layers,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+    )
+
+
+_Pass = Callable[[int, int, DynamicCache], torch.Tensor]
+"""(start, end, cache) -> hidden states of the rows start <= i < end."""
+
+
+def _one_token(run: _Pass, context: int, repeats: int) -> float:
+    """Seconds of one token after `context` others; the context grows by one token a repeat."""
+    cache = DynamicCache()
+    if context:
+        run(0, context, cache)
+    position = iter(range(context, context + repeats + 2))
+
+    def step() -> None:
+        at = next(position)
+        run(at, at + 1, cache)
+
+    step()
+    return _median(step, repeats)
+
+
+def _per_token(run: _Pass, tokens: int, repeats: int) -> float:
+    """Seconds a token of a prompt, by its best chunk size."""
+
+    def prompt(chunk: int) -> None:
+        cache = DynamicCache()
+        for start in range(0, tokens, chunk):
+            run(start, min(start + chunk, tokens), cache)
+
+    sizes = {tokens, *(chunk for chunk in CHUNKS if chunk < tokens)}
+    prompt(tokens)
+    return min(_median(lambda chunk=size: prompt(chunk), repeats) for size in sizes) / tokens  # type: ignore[misc]
+
+
+def _median(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a ComputeParts as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--input-layers", type=int, required=True)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--prompt-tokens", type=int, default=1000)
+    parser.add_argument("--context-tokens", type=int)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    parts = calibrate(
+        args.folder, args.input_layers, args.dtype, args.prompt_tokens, args.context_tokens, args.repeats
+    )
+    print(json.dumps(dataclasses.asdict(parts)))
+
+
+if __name__ == "__main__":
+    main()
