@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import torch
@@ -21,7 +21,7 @@ from hat_runtime.wire import codec, frames
 if TYPE_CHECKING:
     from hat_runtime.device.link import CloudLink
 
-Want = pb.Want.ValueType
+Want: TypeAlias = "pb.Want.ValueType"
 NONE, LAST, ALL = pb.WANT_NONE, pb.WANT_LAST, pb.WANT_ALL
 
 
@@ -229,7 +229,10 @@ class CloudSession:
 
     async def _read_all(self) -> None:
         try:
-            while not isinstance(message := await self._call.read(), type(grpc.aio.EOF)):
+            while True:
+                message: Any = await self._call.read()
+                if message is grpc.aio.EOF:
+                    break
                 size = message.ByteSize()
                 self.downlink_bytes += size
                 self.link.metrics.downlink_bytes.inc(size)
