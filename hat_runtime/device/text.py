@@ -33,12 +33,13 @@ class Detokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not hasattr(backend, "get_added_tokens_decoder"):
             raise ModelError(
-                f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json; convert the model with `hat model prepare`"
+                f"the tokenizer {type(tokenizer).__name__} has no fast form (tokenizer.json), "
+                "which the device needs to stream text"
             )
         self._backend = backend
-        self.special_ids = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        # Without special tokens and the numbers that no token has: embeddings are often padded beyond the vocabulary.
+        self.text_ids = frozenset(backend.get_vocab().values()) - special
         # Only such a decoder turns a whole run of byte tokens into replacement characters when one byte is wrong.
         self.byte_ids = (
             frozenset(i for token, i in backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
@@ -95,7 +96,7 @@ class _CharacterStream:
         self._sent = 0
 
     def feed(self, token_id: int) -> str:
-        if token_id in self._detokenizer.special_ids:
+        if token_id not in self._detokenizer.text_ids:
             return ""
         self._window.append(token_id)
         if token_id in self._detokenizer.byte_ids:

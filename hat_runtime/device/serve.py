@@ -1,0 +1,224 @@
+"""A whole device: its part of the model, the link to the cloud, the HTTP API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from hat_runtime import http
+from hat_runtime.device.api.answers import Served
+from hat_runtime.device.api.app import MAX_BODY_BYTES, Api, make_app
+from hat_runtime.device.api.gate import Gate
+from hat_runtime.device.api.stream import KEEP_ALIVE_S
+from hat_runtime.device.chat import PromptEncoder
+from hat_runtime.device.connect import connect
+from hat_runtime.device.generator import Generator, GeneratorConfig
+from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
+from hat_runtime.model.hf import load_tokenizer
+from hat_runtime.signals import wait_for_termination
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 2.0
+"""Between two tries to reach the cloud while starting."""
+
+READY_TIMEOUT_S = 3.0
+"""For the cloud's answer to a readiness check; kubelet's own timeout is often 1 to 5 s."""
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """What `hat device serve` was told."""
+
+    model: Path
+    cloud: str
+    """HOST:PORT of the cloud's gRPC server."""
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 0
+    """0 takes a free port."""
+    chunk_tokens: int = 128
+    """Tokens of a prompt that travel together; 0: the whole prompt at once."""
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    """torch device of the device's layers."""
+    kv_tokens: int = 32768
+    """Tokens that all sessions of this device may hold together."""
+    model_name: str | None = None
+    """In the API; None for the folder's name."""
+    max_concurrent: int = 8
+    max_waiting: int = 32
+    api_key_file: Path | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+    keep_alive_s: float = KEEP_ALIVE_S
+    grace_s: float = 10.0
+    """For running answers when the server ends."""
+    cloud_wait_s: float = 0.0
+    """How long to try to reach the cloud while starting."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """Further policies; its chunk_tokens is not used."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 0:
+            raise UsageError(f"--chunk-tokens {self.chunk_tokens}: must be 0 (the whole prompt) or more")
+        if self.max_concurrent < 1:
+            raise UsageError(f"--max-concurrent {self.max_concurrent}: must be at least 1")
+        if self.max_waiting < 0:
+            raise UsageError(f"--max-waiting {self.max_waiting}: must be 0 or more")
+        if self.grace_s < 0:
+            raise UsageError(f"--grace {self.grace_s}: must be 0 or more seconds")
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API."""
+        return self.model_name or self.model.resolve().name
+
+
+@dataclass(frozen=True)
+class RunningDevice:
+    """A device that serves."""
+
+    url: str
+    """Base URL without /v1."""
+    model_name: str
+    generator: Generator
+    metrics: DeviceMetrics
+
+
+@asynccontextmanager
+async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
+    """Serve health at once, load the model, then serve the API until the context ends.
+
+    On exit, running answers get `grace_s` seconds to end, and then an error.
+
+    Raises:
+        HatError: the address cannot be listened on, the cloud cannot be reached or holds another model, or the model
+            folder cannot be used.
+    """
+    metrics = DeviceMetrics(CollectorRegistry())
+    gate = Gate(config.max_concurrent, config.max_waiting)
+    generator: Generator | None = None
+
+    async def check_cloud() -> None:
+        assert generator is not None
+        await _check_cloud(generator)
+
+    api = Api(
+        model_name=config.name,
+        registry=metrics.registry,
+        gate=gate,
+        check_cloud=check_cloud,
+        api_keys=_read_keys(config.api_key_file),
+        max_body_bytes=config.max_body_bytes,
+        keep_alive_s=config.keep_alive_s,
+        created=int(time.time()),
+    )
+    bound = http.bind(config.listen_host, config.listen_port, "--listen")
+    async with http.serving(make_app(api), bound) as url:
+        try:
+            encoder = PromptEncoder(await asyncio.to_thread(load_tokenizer, config.model))
+            generator = await _connect(config, metrics, api)
+            revision = generator.binding.model_revision[:12]
+            api.served = Served(generator, encoder, f"hat_{revision}")
+            yield RunningDevice(url, config.name, generator, metrics)
+        finally:
+            await gate.drain(config.grace_s if generator is not None else 0.0)
+            if generator is not None:
+                await generator.close()
+
+
+async def serve_device(config: DeviceConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C; says on standard output when and where."""
+    asked = asyncio.create_task(wait_for_termination())
+    serving = asyncio.create_task(_serve_forever(config))
+    await asyncio.wait((asked, serving), return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+async def _serve_forever(config: DeviceConfig) -> None:
+    async with running_device(config) as device:
+        print(f"hat device: {device.model_name} on {device.url}/v1, cloud {config.cloud}. Try:", flush=True)
+        print(_example(device, with_key=config.api_key_file is not None), flush=True)
+        await asyncio.Event().wait()
+
+
+def _example(device: RunningDevice, *, with_key: bool) -> str:
+    key = " -H 'Authorization: Bearer KEY'" if with_key else ""
+    return (
+        f"  curl {device.url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "{device.model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+    )
+
+
+async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Generator:
+    """A generator, as soon as the cloud can be reached."""
+    until = time.monotonic() + config.cloud_wait_s
+    policy = replace(config.generator, chunk_tokens=config.chunk_tokens)
+    while True:
+        api.why_not_ready = f"asking the cloud at {config.cloud}, then loading the model"
+        try:
+            return await connect(
+                config.model,
+                config.cloud,
+                config.dtype,
+                config=policy,
+                metrics=metrics,
+                device=config.device,
+                kv_tokens=config.kv_tokens,
+            )
+        except CloudUnavailable as error:
+            if time.monotonic() >= until:
+                raise
+            api.why_not_ready = str(error)
+            log.warning("%s; trying again every %g s", error, RECONNECT_S)
+            await asyncio.sleep(RECONNECT_S)
+
+
+async def _check_cloud(generator: Generator) -> None:
+    """Is the cloud there, and still the same?
+
+    Raises:
+        CloudUnavailable: not reachable.
+        HandshakeError: it was replaced by one that this device does not fit.
+    """
+    link, binding = generator.link, generator.binding
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            cloud = (await link.describe()).model
+    except TimeoutError:
+        raise CloudUnavailable(
+            f"the cloud at {link.address} did not answer in {READY_TIMEOUT_S:g} s"
+        ) from None
+    here = (binding.model_revision, binding.layers.lo, binding.layers.hi)
+    if (cloud.model_revision, cloud.lo, cloud.hi) != here:
+        raise HandshakeError(
+            f"the cloud at {link.address} serves another model or split now; restart this device"
+        )
+
+
+def _read_keys(path: Path | None) -> list[str]:
+    """The keys of an API key file.
+
+    Raises:
+        UsageError: it cannot be read or has no key, which would mean an open server.
+    """
+    if path is None:
+        return []
+    try:
+        keys = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-key-file {path} cannot be read: {error}") from error
+    if not keys:
+        raise UsageError(f"--api-key-file {path} has no key in it")
+    return keys
