@@ -84,6 +84,9 @@ class TensorIndex:
         else:
             raise ModelError(_nothing_to_read(folder))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
     @property
     def names(self) -> list[str]:
         """All tensor names, sorted."""
