@@ -200,9 +200,14 @@ async def _json_body(request: Request, limit: int) -> object:
             failure.headers["Connection"] = "close"  # the rest of the body is not read
             raise failure
     try:
-        return json.loads(received)
+        body = json.loads(received)
+        if rb"\ud" in received.lower():  # half a surrogate pair is JSON, but no text
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "the body holds half of a surrogate pair", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+    return body
 
 
 def _check_model(api: Api, name: str) -> None:
