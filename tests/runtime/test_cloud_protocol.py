@@ -1,0 +1,396 @@
+"""The session protocol against a real server: what is right is exact, what is wrong ends its own stream only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from hat_runtime.cloud.engine import EngineConfig
+from hat_runtime.cloud.scheduler import SchedulerConfig
+from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
+from hat_runtime.model.manifest import identity
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from tests.runtime.raw_client import LocalSplit, RawSession, channel_to, open_session, opening, states
+
+INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
+TEXT = torch.randint(3, 199, (90,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def local(tiny_llama: Path) -> LocalSplit:
+    return LocalSplit(tiny_llama)
+
+
+def config(folder: Path, **fields: Any) -> CloudConfig:
+    small = {"input_layers": 2, "dtype": "float32", "kv_pages": 96, "page_tokens": 4, "drain_s": 0.2}
+    return CloudConfig(model=folder, **(small | fields))
+
+
+@pytest.fixture
+async def cloud(tiny_llama: Path) -> AsyncIterator[RunningCloud]:
+    async with running_cloud(config(tiny_llama)) as running:
+        yield running
+        await all_pages_back(running)
+
+
+async def all_pages_back(cloud: RunningCloud) -> None:
+    """Streams end on both sides at slightly different times: wait, then everything must be free."""
+    cache = cloud.engine.runner.cache
+    for _ in range(100):
+        await cloud.engine.idle()
+        if cache.free_pages == cache.num_pages:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{cache.num_pages - cache.free_pages} pages leaked")
+
+
+async def test_wants_chunks_and_rollbacks_give_the_exact_deep_states(
+    cloud: RunningCloud, local: LocalSplit
+) -> None:
+    shallow = local.shallow(TEXT)
+    deep = local.deep(shallow)
+    async with channel_to(cloud) as stub:
+        session = await open_session(stub, cloud)
+        await session.step(0, shallow[:50], pb.WANT_NONE)
+        await session.step(50, shallow[50:60], pb.WANT_LAST)
+        await session.step(60, shallow[60:70], pb.WANT_ALL)
+        none, last, every = [await session.result() for _ in range(3)]
+        assert (none.payload, none.start_pos, none.n) == (b"", 0, 50)
+        torch.testing.assert_close(states(last), deep[59:60], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states(every), deep[60:70], atol=1e-4, rtol=1e-4)
+        assert every.compute_us > 0
+        assert every.batch_tokens >= 10
+
+        other = local.shallow(torch.cat([TEXT[:33], TEXT[:20]]))  # another continuation from position 33
+        await session.step(33, other[33:53], pb.WANT_ALL, epoch=1)
+        torch.testing.assert_close(
+            states(await session.result()), local.deep(other)[33:53], atol=1e-4, rtol=1e-4
+        )
+        await session.call.done_writing()
+        assert (await session.end())[0] is grpc.StatusCode.OK
+
+
+async def test_a_step_of_many_frames_is_one_step(tiny_llama: Path, local: LocalSplit) -> None:
+    shallow = local.shallow(TEXT)
+    async with running_cloud(config(tiny_llama)) as cloud, channel_to(cloud) as stub:
+        session = await open_session(stub, cloud)
+        whole = shallow.contiguous().view(torch.uint8).numpy().tobytes()
+        cuts = [0, 1000, 1001, len(whole)]
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            more = last < len(whole)
+            await session.step(0, shallow, payload=whole[first:last], more=more)
+        torch.testing.assert_close(states(await session.result()), local.deep(shallow), atol=1e-4, rtol=1e-4)
+
+
+async def test_steps_of_an_older_epoch_are_stale_and_the_stream_lives_on(
+    cloud: RunningCloud, local: LocalSplit
+) -> None:
+    """The old Steps are still queued when the new epoch arrives: they cost no compute, whatever their start_pos."""
+    shallow = local.shallow(TEXT)
+    blocker = asyncio.Event()
+    cloud.engine._inbox.put(
+        lambda: asyncio.run(_wait(blocker))
+    )  # holds the engine's thread, so that Steps queue up
+    async with channel_to(cloud) as stub:
+        session = await open_session(stub, cloud)
+        await session.step(0, shallow[:10], pb.WANT_LAST)
+        await session.step(10, shallow[10:12], pb.WANT_ALL)
+        await session.step(12, shallow[12:14], pb.WANT_ALL)
+        await session.step(0, shallow[:20], pb.WANT_LAST, epoch=1)
+        await asyncio.sleep(0.1)
+        blocker.set()
+        results = [await session.result() for _ in range(4)]
+    assert [r.status for r in results] == [pb.STATUS_STALE] * 3 + [pb.STATUS_OK]
+    assert [r.payload for r in results[:3]] == [b""] * 3
+    torch.testing.assert_close(states(results[3]), local.deep(shallow)[19:20], atol=1e-4, rtol=1e-4)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    while not event.is_set():
+        await asyncio.sleep(0.005)
+
+
+def _step(**fields: Any) -> pb.DeviceMessage:
+    right = {"epoch": 0, "start_pos": 8, "n": 2, "want": pb.WANT_ALL, "payload": bytes(2 * 64 * 4)}
+    return pb.DeviceMessage(step=pb.Step(**(right | fields)))
+
+
+NAN = torch.full((2, 64), float("nan")).numpy().tobytes()
+INFINITE = torch.full((2, 64), float("inf")).numpy().tobytes()
+WRONG = {
+    "nan": (_step(payload=NAN), INVALID, "not finite"),
+    "infinity": (_step(payload=INFINITE), INVALID, "not finite"),
+    "wrong width": (_step(payload=bytes(2 * 63 * 4)), INVALID, "504 bytes"),
+    "wrong dtype": (_step(payload=bytes(2 * 64 * 2)), INVALID, "64 x float32 are 512 bytes"),
+    "too many bytes": (_step(payload=bytes(2 * 64 * 4 + 4)), INVALID, "516 bytes"),
+    "forward jump": (_step(start_pos=9), INVALID, "start_pos=9 jumps forward: 8 tokens are committed"),
+    "no tokens": (_step(n=0, payload=b""), INVALID, "Step.n=0"),
+    "too many tokens": (_step(n=5000), INVALID, "Step.n=5000"),
+    "beyond the session": (
+        _step(start_pos=8, n=400, payload=bytes(400 * 256)), grpc.StatusCode.OUT_OF_RANGE, "beyond the session's 384",
+    ),
+    "no want": (_step(want=0), INVALID, "Step.want=0"),
+    "oversize frame": (_step(n=2048, payload=bytes(600_000)), INVALID, "a frame holds at most 524288"),
+    "oversize message": (_step(n=2048, payload=bytes(1_100_000)), grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
+    "second open": (pb.DeviceMessage(open=pb.Open()), PRECONDITION, "second Open"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+async def test_a_wrong_step_ends_its_own_stream_only(
+    case: str, cloud: RunningCloud, local: LocalSplit
+) -> None:
+    """Two good sessions share the engine with the bad one, before, during and after."""
+    message, code, text = WRONG[case]
+    shallow = local.shallow(TEXT)
+    deep = local.deep(shallow)
+    async with channel_to(cloud) as stub:
+        good = [await open_session(stub, cloud) for _ in range(2)]
+        bad = await open_session(stub, cloud)
+        for session in (*good, bad):
+            await session.step(0, shallow[:8], pb.WANT_NONE)
+        for session in (*good, bad):
+            await session.result()
+        await asyncio.gather(
+            bad.send(message), *(session.step(8, shallow[8:40], pb.WANT_ALL) for session in good)
+        )
+        ended, details = await bad.end()
+        assert ended is code, details
+        assert text in details
+        for session in good:
+            torch.testing.assert_close(states(await session.result()), deep[8:40], atol=1e-3, rtol=0)
+            await session.step(40, shallow[40:41], pb.WANT_LAST)
+            torch.testing.assert_close(states(await session.result()), deep[40:41], atol=1e-3, rtol=0)
+
+
+MISMATCHES = {
+    "revision": ({"model_revision": "0" * 64}, PRECONDITION, "model_revision"),
+    "layers": ({"lo": 3}, PRECONDITION, "layers '3:6' of the device is not the cloud's '2:6'"),
+    "dtype": ({"dtype": "bfloat16"}, PRECONDITION, "dtype 'bfloat16'"),
+    "codec": ({"codec": "int4"}, PRECONDITION, "codec 'int4'"),
+    "max_tokens": ({"max_tokens": 4096}, INVALID, "Open.max_tokens=4096"),
+    "unknown session": ({"resume": pb.Resume(session_id="ab" * 16)}, grpc.StatusCode.NOT_FOUND, "abab"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+async def test_a_mismatch_is_refused_before_any_compute(case: str, cloud: RunningCloud) -> None:
+    fields, code, text = MISMATCHES[case]
+    async with channel_to(cloud) as stub:
+        session = RawSession(stub.Session())
+        await session.send(opening(cloud, **fields))
+        ended, details = await session.end()
+        assert ended is code
+        assert text in details
+
+
+async def test_other_weights_under_the_same_config_are_another_revision(
+    cloud: RunningCloud, other_llama: Path
+) -> None:
+    other = identity(other_llama)
+    async with channel_to(cloud) as stub:
+        session = RawSession(stub.Session())
+        await session.send(opening(cloud, model_revision=other.model_revision))
+        assert (await session.end())[0] is PRECONDITION
+
+
+async def test_garbage_and_a_missing_open_get_a_status(cloud: RunningCloud) -> None:
+    async with grpc.aio.insecure_channel(cloud.address) as channel:
+        raw = channel.stream_stream("/hat.v1.Runtime/Session")
+        garbage = RawSession(raw())
+        await garbage.call.write(b"\xff\xff\xff not a message")
+        assert (await garbage.end())[0] is PRECONDITION
+        after_open = RawSession(raw())
+        await after_open.call.write(opening(cloud).SerializeToString())
+        await after_open.call.read()
+        await after_open.call.write(b"\xff\xff\xff not a message")
+        assert (await after_open.end())[0] is INVALID
+        first_step = RawSession(raw())
+        await first_step.call.write(_step().SerializeToString())
+        assert (await first_step.end())[0] is PRECONDITION
+        describe = channel.unary_unary("/hat.v1.Runtime/Describe")
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await describe(b"\xff\xff\xff")
+        assert error.value.code() is INVALID
+
+
+async def test_width_8192_and_512_tokens_travel_in_frames(tmp_path: Path) -> None:
+    """16 MiB a chunk in float32, 32 frames each way."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    wide = LlamaConfig(
+        vocab_size=8, hidden_size=8192, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path)
+    hidden = torch.randn(512, 8192)
+    async with (
+        running_cloud(config(tmp_path, input_layers=1, kv_pages=200)) as cloud,
+        channel_to(cloud) as stub,
+    ):
+        session = await open_session(stub, cloud)
+        payload = hidden.numpy().tobytes()
+        step = cloud.limits.max_frame_bytes
+        writer = asyncio.create_task(_write_frames(session, hidden, payload, step))
+        result = await session.result()
+        await writer
+        assert len(result.payload) == len(payload)
+        local = LocalSplit(tmp_path, input_layers=1, layers=2)
+        torch.testing.assert_close(states(result, 8192), local.deep(hidden), atol=1e-3, rtol=1e-3)
+
+
+async def _write_frames(session: RawSession, hidden: torch.Tensor, payload: bytes, step: int) -> None:
+    for first in range(0, len(payload), step):
+        part = payload[first : first + step]
+        await session.step(0, hidden, payload=part, more=first + step < len(payload))
+
+
+async def test_when_pages_run_out_the_idle_session_is_evicted_and_can_come_back(
+    tiny_llama: Path, local: LocalSplit
+) -> None:
+    shallow = local.shallow(TEXT)
+    deep = local.deep(shallow)
+    engine = EngineConfig(scheduler=SchedulerConfig(idle_after_s=0.0))
+    async with (
+        running_cloud(config(tiny_llama, kv_pages=25, engine=engine)) as cloud,
+        channel_to(cloud) as stub,
+    ):
+        first, second = await open_session(stub, cloud), await open_session(stub, cloud)
+        await first.step(0, shallow[:80], pb.WANT_LAST)
+        await first.result()
+        await second.step(0, shallow, pb.WANT_ALL)
+        torch.testing.assert_close(states(await second.result()), deep, atol=1e-4, rtol=1e-4)
+        await first.step(80, shallow[80:82], pb.WANT_ALL)  # under way when the eviction happened
+        assert (await first.result()).status == pb.STATUS_STALE
+        assert [notice.evicted.committed for notice in first.notices] == [0]
+        await first.step(0, shallow, pb.WANT_ALL, epoch=1)
+        torch.testing.assert_close(states(await first.result()), deep, atol=1e-4, rtol=1e-4)
+
+
+async def test_more_sessions_than_pages_all_finish(tiny_llama: Path, local: LocalSplit) -> None:
+    """Six sessions of 90 tokens share pages for two: each is evicted, comes back, and ends exact."""
+    shallow = local.shallow(TEXT)
+    deep = local.deep(shallow)
+    async with running_cloud(config(tiny_llama, kv_pages=46)) as cloud, channel_to(cloud) as stub:
+
+        async def upload() -> torch.Tensor:
+            session, epoch = await open_session(stub, cloud), 0
+            position, out = 0, torch.zeros(90, 64)
+            while position < 90:
+                end = min(90, position + 9)
+                await session.step(position, shallow[position:end], pb.WANT_ALL, epoch=epoch)
+                result = await session.result()
+                if result.status == pb.STATUS_STALE:
+                    position, epoch = 0, epoch + 1
+                    continue
+                out[position:end] = states(result)
+                position = end
+            await session.call.done_writing()
+            await session.end()
+            return out
+
+        for out in await asyncio.gather(*(upload() for _ in range(6))):
+            torch.testing.assert_close(out, deep, atol=1e-4, rtol=1e-4)
+        await all_pages_back(cloud)
+
+
+async def test_too_many_sessions_are_refused_with_a_retry_time(tiny_llama: Path) -> None:
+    async with running_cloud(config(tiny_llama, max_sessions=2)) as cloud, channel_to(cloud) as stub:
+        kept = [await open_session(stub, cloud) for _ in range(2)]
+        refused = RawSession(stub.Session())
+        await refused.send(opening(cloud))
+        code, text = await refused.end()
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "2 sessions are busy" in text
+        metadata = dict(await refused.call.trailing_metadata())
+        assert int(metadata["grpc-retry-pushback-ms"]) > 0
+        for session in kept:
+            session.call.cancel()
+
+
+async def test_an_idle_session_is_reaped(tiny_llama: Path, local: LocalSplit) -> None:
+    async with (
+        running_cloud(config(tiny_llama, engine=EngineConfig(idle_ttl_s=0.2))) as cloud,
+        channel_to(cloud) as stub,
+    ):
+        session = await open_session(stub, cloud)
+        await session.step(0, local.shallow(TEXT))
+        code, text = await session.end()
+        assert code is grpc.StatusCode.ABORTED
+        assert "idle for 0.2 s" in text
+        await all_pages_back(cloud)
+
+
+async def test_a_failing_pass_ends_its_sessions_and_the_engine_serves_on(
+    cloud: RunningCloud, local: LocalSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shallow = local.shallow(TEXT)
+    async with channel_to(cloud) as stub:
+        with monkeypatch.context() as patch:
+            patch.setattr(cloud.engine.runner.layers, "forward", lambda *_: 1 / 0)
+            session = await open_session(stub, cloud)
+            await session.step(0, shallow)
+            assert (await session.end())[0] is grpc.StatusCode.INTERNAL
+        session = await open_session(stub, cloud)
+        await session.step(0, shallow)
+        torch.testing.assert_close(states(await session.result()), local.deep(shallow), atol=1e-4, rtol=1e-4)
+
+
+async def test_drain_tells_the_devices(tiny_llama: Path) -> None:
+    async with channel_holder() as holder:
+        async with running_cloud(config(tiny_llama, drain_s=0.5)) as cloud:
+            stub = await holder(cloud)
+            session = await open_session(stub, cloud)
+        assert (await session.call.read()).notice.drain.deadline_ms == 500
+
+
+class channel_holder:
+    """Keeps a channel open longer than its cloud."""
+
+    async def __aenter__(self) -> Any:
+        self.contexts: list[Any] = []
+        return self.open
+
+    async def open(self, cloud: RunningCloud) -> Any:
+        context = channel_to(cloud)
+        self.contexts.append(context)
+        return await context.__aenter__()
+
+    async def __aexit__(self, *exc: object) -> None:
+        for context in self.contexts:
+            await context.__aexit__(None, None, None)
+
+
+async def test_describe_health_reflection_and_metrics(cloud: RunningCloud) -> None:
+    import urllib.request
+
+    async with grpc.aio.insecure_channel(cloud.address) as channel, channel_to(cloud) as stub:
+        described = await stub.Describe(pb.DescribeRequest(padding=bytes(1000), reply_padding_bytes=2000))
+        assert (described.model.lo, described.model.hi, described.model.dtype) == (2, 6, "float32")
+        assert len(described.padding) == 2000
+        assert described.pages.total == described.pages.free == 96
+        status = await health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="hat.v1.Runtime")
+        )
+        assert status.status == health_pb2.HealthCheckResponse.SERVING
+
+    def look() -> tuple[list[str], str, str]:
+        with grpc.insecure_channel(cloud.address) as blocking:
+            names = list(ProtoReflectionDescriptorDatabase(blocking).get_services())
+        ready = urllib.request.urlopen(cloud.admin_url + "/readyz").read().decode()
+        return names, ready, urllib.request.urlopen(cloud.admin_url + "/metrics").read().decode()
+
+    names, ready, metrics = await asyncio.to_thread(look)
+    assert "hat.v1.Runtime" in names
+    assert ready == "ready\n"
+    assert "hat_kv_cache_usage_ratio 0.0" in metrics
+    assert 'layers="2:6"' in metrics
