@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,4 @@ def make_tiny_chat_model(folder: Path, *, seed: int = 0) -> Path:
 
 
 def _state(tokenizer: Tokenizer) -> Any:
-    import json
-
     return json.loads(tokenizer.to_str())
