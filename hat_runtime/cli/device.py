@@ -68,6 +68,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="answers that may wait for their turn; more are refused with status 429 (default %(default)s)",
     )
     serve.add_argument(
+        "--keep-sessions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="answered conversations that stay open, so that the next turn sends only its new tokens "
+        "(default %(default)s)",
+    )
+    serve.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
@@ -89,11 +97,15 @@ def run_serve(args: argparse.Namespace) -> int:
     import asyncio
 
     from hat_runtime import log
+    from hat_runtime.device.generator import GeneratorConfig
     from hat_runtime.device.serve import DeviceConfig, serve_device
+    from hat_runtime.errors import UsageError
 
     log.setup(args.log_level, args.log_format)
     parse_host_port(args.cloud, "--cloud")
     host, port = parse_host_port(args.listen, "--listen")
+    if args.keep_sessions < 0:
+        raise UsageError(f"--keep-sessions {args.keep_sessions}: must be 0 or more")
     config = DeviceConfig(
         model=args.model,
         cloud=args.cloud,
@@ -106,6 +118,7 @@ def run_serve(args: argparse.Namespace) -> int:
         max_waiting=args.max_waiting,
         api_key_file=args.api_key_file,
         grace_s=args.grace,
+        generator=GeneratorConfig(max_idle_conversations=args.keep_sessions),
     )
     asyncio.run(serve_device(config))
     return 0
