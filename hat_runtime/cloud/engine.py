@@ -25,6 +25,11 @@ from hat_runtime.model.runner import LayerRunner, Segment
 
 log = logging.getLogger(__name__)
 
+IDLE_WAIT_S = 1.0
+"""Longest wait for something to do before idle sessions are looked at."""
+PAGE_WAIT_S = 0.05
+"""Longest wait before queued Steps look for pages again."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -59,6 +64,7 @@ class Engine:
         self._events: list[tuple[Session, Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
+        self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
         self.cost = LinearCost()
         """What a pass costs, as seen lately."""
         self.failed: BaseException | None = None
@@ -138,12 +144,13 @@ class Engine:
 
     def _take_commands(self) -> bool:
         """Apply what is in the inbox; wait for something if there is no work. False: stop."""
-        busy = any(session.queue for session in self._sessions.values())
-        if not busy:
+        queued = any(session.queue for session in self._sessions.values())
+        if not queued:
             self.check_integrity()
         try:
             try:
-                command = self._inbox.get(block=not busy, timeout=1.0)
+                timeout = PAGE_WAIT_S if queued else IDLE_WAIT_S
+                command = self._inbox.get(block=self._blocked or not queued, timeout=timeout)
             finally:
                 self._round_began = time.perf_counter()
             while True:
@@ -189,6 +196,7 @@ class Engine:
             self._settle_head(session)
         plan = self._scheduler.plan(self._sessions.values(), self._clock())
         self._apply_evictions(plan)
+        self._blocked = not plan.passes
         if not plan.passes:
             return [], 0.0
         forward_s = self._pass(plan.passes)

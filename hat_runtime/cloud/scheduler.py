@@ -23,6 +23,8 @@ class SchedulerConfig:
     """Steps with at most this many rows left go before prompt chunks."""
     idle_after_s: float = 1.0
     """A session without work for this long is idle: its pages go first."""
+    max_page_wait_s: float = 10.0
+    """A Step that has waited this long for pages, with nothing left to run, is refused."""
     max_evictions: int = 8
     """A session that lost its pages this often while it was active is not preempted again."""
 
@@ -57,7 +59,7 @@ class Plan:
     passes: list[Planned] = field(default_factory=list)
     evicted: list[Session] = field(default_factory=list)
     refused: Session | None = None
-    """Cannot get pages although nothing else runs: its stream must end."""
+    """Has waited too long for pages that nobody frees: its stream must end."""
 
 
 class Scheduler:
@@ -91,8 +93,10 @@ class Scheduler:
                 budget -= planned.rows
             else:
                 session.starved = True
-        if not plan.passes and (stuck := [s for s in waiting if s.starved]):
-            plan.refused = max(stuck, key=everyone.index)
+        if not plan.passes:
+            patience = now - self._config.max_page_wait_s
+            stuck = [session for session in waiting if session.queue[0].arrived <= patience]
+            plan.refused = max(stuck, key=everyone.index, default=None)
         return plan
 
     def _precedence(self, session: Session) -> tuple[bool, bool, float]:

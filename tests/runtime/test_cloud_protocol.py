@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ async def test_a_step_of_many_frames_is_one_step(tiny_llama: Path, local: LocalS
         session = await open_session(stub, cloud)
         whole = shallow.contiguous().view(torch.uint8).numpy().tobytes()
         cuts = [0, 1000, 1001, len(whole)]
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             more = last < len(whole)
             await session.step(0, shallow, payload=whole[first:last], more=more)
         torch.testing.assert_close(states(await session.result()), local.deep(shallow), atol=1e-4, rtol=1e-4)
