@@ -6,6 +6,7 @@ A round sends the shallow states of the newest tokens, gets deep states back, an
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,9 +26,9 @@ from hat_runtime.device.request import (
     GenerationStats,
     TokenEvent,
 )
-from hat_runtime.device.session import LAST, NONE, Binding, StepResult, Want
+from hat_runtime.device.session import LAST, NONE, Binding, CloudSession, StepResult, Want
 from hat_runtime.device.submodels import Advanced, DeviceFull, DeviceModel
-from hat_runtime.errors import CloudUnavailable, UsageError
+from hat_runtime.errors import CloudOverloaded, CloudUnavailable, UsageError
 
 __all__ = ["GenerationRequest", "GenerationStats", "Generator", "GeneratorConfig", "TokenEvent"]
 
@@ -60,10 +61,19 @@ class _Answer:
     """The session was opened for this request."""
     announced: bool = False
     """A Step has carried the request's id."""
+    bytes_before: tuple[int, int] = (0, 0)
+    """What the session had sent and received for earlier requests."""
 
     @property
     def stats(self) -> GenerationStats:
         return self.request.stats
+
+    def count_bytes(self) -> None:
+        """Add to the stats what the session carried for this request; once for each session."""
+        session = self.conversation.session
+        self.stats.uplink_bytes += session.uplink_bytes - self.bytes_before[0]
+        self.stats.downlink_bytes += session.downlink_bytes - self.bytes_before[1]
+        self.bytes_before = (session.uplink_bytes, session.downlink_bytes)
 
 
 class Generator:
@@ -129,11 +139,8 @@ class Generator:
         stats = request.stats = GenerationStats(prompt_tokens=len(request.prompt_ids), finish_reason=ERROR)
         self.metrics.sessions_running.inc()
         answer: _Answer | None = None
-        up = down = 0
         try:
             answer = await self._begin(request)
-            session = answer.conversation.session
-            up, down = (0, 0) if answer.fresh else (session.uplink_bytes, session.downlink_bytes)
             deep = await self._upload(answer)
             last_s = began
             while True:
@@ -148,17 +155,13 @@ class Generator:
                 yield TokenEvent(advanced.token_id, stats.completion_tokens - 1, now)
                 if pending is None:
                     return
-                result = await pending
-                deep = await self._upload(answer) if (taken := self._take(answer, result)) is None else taken
+                deep = await self._finish_round(answer, pending)
         except (asyncio.CancelledError, GeneratorExit):
             if stats.finish_reason == ERROR:
                 stats.finish_reason = CANCELLED
             raise
         finally:
             if answer is not None:
-                session = answer.conversation.session
-                stats.uplink_bytes = session.uplink_bytes - up
-                stats.downlink_bytes = session.downlink_bytes - down
                 self._finish(answer)
             if stats.completion_tokens > 1:
                 stats.tbt_s = (last_s - began - stats.ttft_s) / (stats.completion_tokens - 1)
@@ -184,11 +187,14 @@ class Generator:
         if reused is not None:
             conversation, request.stats.cached_tokens = reused
             self.metrics.cached_prompt_tokens.inc(request.stats.cached_tokens)
-            return _Answer(request, conversation, size, fresh=False)
-        session = self.link.open_session(
-            self.binding, request_id=request.request_id, tenant=self.config.tenant
-        )
-        return _Answer(request, Conversation(session, tokens=list(request.prompt_ids)), size, fresh=True)
+            session = conversation.session
+            before = (session.uplink_bytes, session.downlink_bytes)
+            return _Answer(request, conversation, size, fresh=False, bytes_before=before)
+        conversation = Conversation(self._open(request), tokens=list(request.prompt_ids))
+        return _Answer(request, conversation, size, fresh=True)
+
+    def _open(self, request: GenerationRequest) -> CloudSession:
+        return self.link.open_session(self.binding, request_id=request.request_id, tenant=self.config.tenant)
 
     async def _upload(self, answer: _Answer) -> torch.Tensor:
         """Send the shallow states of all tokens that the cloud lacks; deep state [1, hidden_size] of the last.
@@ -196,16 +202,43 @@ class Generator:
         After an eviction the shallow states are computed again from the token ids.
         """
         while True:
-            deep = await self._upload_once(answer)
+            try:
+                deep = await self._upload_once(answer)
+            except CloudUnavailable as error:
+                await self._reopen(answer, error)
+                continue
             if deep is not None:
                 return deep
-            answer.stats.evictions += 1
-            if answer.stats.evictions > self.config.max_evictions:
-                raise CloudUnavailable(
-                    f"the cloud at {self.link.address} gave this session's KV cache away "
-                    f"{answer.stats.evictions} times: it is overloaded; try again later",
-                    retry_after_s=1.0,
-                )
+            self._count_eviction(answer)
+
+    def _count_eviction(self, answer: _Answer) -> None:
+        answer.stats.evictions += 1
+        if answer.stats.evictions > self.config.max_evictions:
+            raise CloudOverloaded(
+                f"the cloud at {self.link.address} gave this request's KV cache away "
+                f"{answer.stats.evictions} times: it is overloaded; try again later",
+                retry_after_s=1.0,
+            )
+
+    async def _reopen(self, answer: _Answer, error: CloudUnavailable) -> None:
+        """Replace a session that the cloud ended, where a new one can do better; raise the error otherwise."""
+        session = answer.conversation.session
+        overloaded, was_open = isinstance(error, CloudOverloaded), bool(session.session_id)
+        if overloaded and was_open:  # the work was accepted once, so it is worth waiting for
+            wait_s = (error.retry_after_s or 1.0) * random.uniform(0.5, 1.5)
+        elif (
+            overloaded and self.conversations.evict_one()
+        ):  # our own idle sessions may be what fills the cloud
+            wait_s = 0.05
+        elif not overloaded and not answer.fresh and not answer.stats.rounds:  # ended while it was idle
+            wait_s = 0.0
+        else:
+            raise error
+        self._count_eviction(answer)
+        await asyncio.sleep(wait_s)
+        answer.count_bytes()
+        answer.conversation.session = self._open(answer.request)
+        answer.fresh, answer.bytes_before = True, (0, 0)
 
     async def _upload_once(self, answer: _Answer) -> torch.Tensor | None:
         """One try; None if the session was evicted on the way."""
@@ -258,6 +291,18 @@ class Generator:
         answer.announced = True
         return answer.conversation.session.submit(start, hidden, want, request_id)
 
+    async def _finish_round(self, answer: _Answer, pending: asyncio.Future[StepResult]) -> torch.Tensor:
+        """The deep states of a round under way; after an eviction those of a new upload."""
+        try:
+            deep = self._take(answer, await pending)
+        except CloudUnavailable as error:
+            await self._reopen(answer, error)
+            return await self._upload(answer)
+        if deep is None:
+            self._count_eviction(answer)
+            return await self._upload(answer)
+        return deep
+
     def _take(self, answer: _Answer, result: StepResult) -> torch.Tensor | None:
         """Account for a Result; its deep states, None if it is stale or brings none."""
         answer.stats.cloud_queue_s += result.queue_s
@@ -294,6 +339,7 @@ class Generator:
 
     def _finish(self, answer: _Answer) -> None:
         """Keep the conversation for its next turn, or end it where too much is still under way."""
+        answer.count_bytes()
         session = answer.conversation.session
         if session.unanswered > 1:  # a cancelled upload: the cloud should not compute the rest of it
             self.conversations.discard(answer.conversation)

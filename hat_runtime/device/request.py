@@ -45,7 +45,7 @@ class GenerationStats:
     """Sum over the Steps, in the cloud's own clock. Steps that shared a pass count it each."""
     cloud_queue_s: float = 0.0
     evictions: int = 0
-    """Times that the cloud gave the KV cache away and the device uploaded again."""
+    """Times that the cloud gave the KV cache or the session away and the device uploaded again."""
 
 
 @dataclass
