@@ -75,8 +75,11 @@ def wrap(tokenizer: Tokenizer) -> Any:
     )
 
 
-def make_tiny_chat_model(folder: Path, *, seed: int = 0) -> Path:
-    """A random Llama with the byte-fallback tokenizer, whose embedding is padded beyond the vocabulary."""
+def make_tiny_chat_model(folder: Path, *, seed: int = 2) -> Path:
+    """A random Llama with the byte-fallback tokenizer, whose embedding is padded beyond the vocabulary.
+
+    With seed 2, greedy answers are long.
+    """
     tokenizer = wrap(byte_fallback_tokenizer())
     torch.manual_seed(seed)
     config = LlamaConfig(**(TINY | {"vocab_size": len(tokenizer) + 3}), tie_word_embeddings=True)

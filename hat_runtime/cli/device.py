@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from hat_runtime.cli.command import Command
-from hat_runtime.cli.options import add_dtype, add_logging, parse_host_port
+from hat_runtime.cli.options import add_dtype, add_logging, check_positive, parse_host_port
 
 EXAMPLES = """\
 examples:
@@ -50,6 +50,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens of a prompt that travel together; 0 = the whole prompt at once (default %(default)s)",
     )
     add_dtype(serve)
+    serve.add_argument(
+        "--device", default="auto", help="where the layers run: auto, cpu or cuda (default %(default)s)"
+    )
+    serve.add_argument(
+        "--kv-tokens",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="tokens that all conversations on this device may hold together (default %(default)s)",
+    )
     serve.add_argument(
         "--model-name", metavar="NAME", help="the model's name in the API (default: the folder's name)"
     )
@@ -95,6 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     import asyncio
+    import math
 
     from hat_runtime import log
     from hat_runtime.device.generator import GeneratorConfig
@@ -103,6 +114,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
     log.setup(args.log_level, args.log_format)
     parse_host_port(args.cloud, "--cloud")
+    check_positive(args.kv_tokens, "--kv-tokens")
     host, port = parse_host_port(args.listen, "--listen")
     if args.keep_sessions < 0:
         raise UsageError(f"--keep-sessions {args.keep_sessions}: must be 0 or more")
@@ -113,11 +125,14 @@ def run_serve(args: argparse.Namespace) -> int:
         listen_port=port,
         chunk_tokens=args.chunk_tokens,
         dtype=args.dtype,
+        device=args.device,
+        kv_tokens=args.kv_tokens,
         model_name=args.model_name,
         max_concurrent=args.max_concurrent,
         max_waiting=args.max_waiting,
         api_key_file=args.api_key_file,
         grace_s=args.grace,
+        cloud_wait_s=math.inf,
         generator=GeneratorConfig(max_idle_conversations=args.keep_sessions),
     )
     asyncio.run(serve_device(config))

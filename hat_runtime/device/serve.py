@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from hat_runtime import http
@@ -48,8 +49,8 @@ class DeviceConfig:
     chunk_tokens: int = 128
     """Tokens of a prompt that travel together; 0: the whole prompt at once."""
     dtype: str = "bfloat16"
-    device: str = "cpu"
-    """torch device of the device's layers."""
+    device: str = "auto"
+    """torch device of the device's layers: "auto" (CUDA where there is one), "cpu" or "cuda"."""
     kv_tokens: int = 32768
     """Tokens that all sessions of this device may hold together."""
     model_name: str | None = None
@@ -174,7 +175,7 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
                 config.dtype,
                 config=policy,
                 metrics=metrics,
-                device=config.device,
+                device=_torch_device(config.device),
                 kv_tokens=config.kv_tokens,
             )
         except CloudUnavailable as error:
@@ -183,6 +184,14 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
             api.why_not_ready = str(error)
             log.warning("%s; trying again every %g s", error, RECONNECT_S)
             await asyncio.sleep(RECONNECT_S)
+
+
+def _torch_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name!r}: torch {torch.__version__} sees no CUDA device here")
+    return name
 
 
 async def _check_cloud(generator: Generator) -> None:

@@ -15,6 +15,7 @@ from openai import BadRequestError, NotFoundError
 from openai.types import CompletionUsage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hat_runtime.log import request_id
 from tests.runtime.api_pair import MODEL, Pair, metric, serving_pair
 from tests.tiny_chat import make_tiny_chat_model
 
@@ -277,15 +278,34 @@ async def test_every_error_has_openais_form(
         assert set(reply.json()["error"]) == {"message", "type", "param", "code", "request_id"}
 
 
+class _Lines(logging.Handler):
+    """Log lines as (logger, request id, message)."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[tuple[str, str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.name, request_id.get(), record.getMessage()))
+
+
 async def test_the_request_id_is_the_same_everywhere(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     body = GREEDY | {"messages": MESSAGES, "max_tokens": 2}
-    with caplog.at_level(logging.DEBUG, "hat_runtime"):
-        reply = await pair.http.post("/v1/chat/completions", json=body, headers={"X-Request-ID": "my.id-1"})
+    seen, logger = _Lines(), logging.getLogger("hat_runtime")
+    logger.addHandler(seen)
+    try:
+        with caplog.at_level(logging.DEBUG, "hat_runtime"):
+            reply = await pair.http.post(
+                "/v1/chat/completions", json=body, headers={"X-Request-ID": "my.id-1"}
+            )
+    finally:
+        logger.removeHandler(seen)
     assert reply.headers["x-request-id"] == "my.id-1"
-    access = [record for record in caplog.records if record.name == "hat_runtime.access"]
-    assert "status=200" in access[-1].getMessage()
-    assert "completion_tokens=2" in access[-1].getMessage()
-    assert all("quick brown" not in record.getMessage() for record in caplog.records)
+    (access,) = [text for name, id_, text in seen.lines if name == "hat_runtime.access" and id_ == "my.id-1"]
+    assert "status=200" in access
+    assert "completion_tokens=2" in access
+    assert any(name.startswith("hat_runtime.cloud") and id_ == "my.id-1" for name, id_, _ in seen.lines)
+    assert all("quick brown" not in text for _, _, text in seen.lines)
     for bad in ("x" * 129, "a b", "ü".encode()):
         reply = await pair.http.post("/v1/chat/completions", json={}, headers={"X-Request-ID": bad})
         assert reply.status_code == 400

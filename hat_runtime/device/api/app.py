@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
@@ -53,6 +53,8 @@ class Api:
 def make_app(api: Api) -> ASGIApp:
     """The ASGI application."""
     app = FastAPI(title="HAT device", version=__version__)
+    waiting = Gauge("hat_num_sessions_waiting", "Requests that wait for their turn.", registry=api.registry)
+    waiting.set_function(lambda: api.gate.waiting)
     app.include_router(_openai_routes(api))
     app.include_router(_operations_routes(api))
 
