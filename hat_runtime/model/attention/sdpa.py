@@ -1,6 +1,12 @@
-"""Attention by torch's scaled_dot_product_attention: right on any device, the reference for other backends."""
+"""Attention by torch's scaled_dot_product_attention: right on any device, the reference for other backends.
+
+Masks are explicit: SDPA's is_causal aligns the mask top-left, which is wrong as soon as a sequence has cached tokens
+and more than one new one.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +14,50 @@ import torch.nn.functional as F
 from hat_runtime.model.attention.base import AttentionBackend, AttentionBatch, Span
 from hat_runtime.model.pages import KvCache
 
+PADDING_LIMIT = 3
+"""Sequences are decoded in one padded call while it reads at most this many times the tokens that they have."""
+
+
+@dataclass
+class _Decoding:
+    """Sequences with one new token each, padded to one call."""
+
+    rows: torch.Tensor
+    """int64 [B]: their rows in the packed tensors."""
+    slots: torch.Tensor
+    """int64 [B, longest]: their cache slots, padded with slot 0."""
+    totals: torch.Tensor
+    """int64 [B]: how many of the slots are theirs."""
+
+
+@dataclass
+class _Plan:
+    decoding: _Decoding | None
+    others: list[Span]
+    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    """Additive masks by (first packed row, or -1 for the decoding call; window), made in the first layer."""
+
 
 class SdpaAttention(AttentionBackend):
-    """Gathers each sequence's pages and calls SDPA on it.
-
-    Masks are explicit: SDPA's is_causal aligns the mask top-left, which is wrong as soon as a sequence has cached
-    tokens and more than one new one.
-    """
+    """Gathers the pages of each sequence and calls SDPA on it; all sequences that decode one token share a call."""
 
     name = "sdpa"
 
-    def prepare(self, spans: list[Span], cache: KvCache) -> dict[tuple[int, int | None], torch.Tensor | None]:
-        """An empty mask store, filled at the first layer that needs a mask of (span, window)."""
-        return {}
+    def prepare(self, spans: list[Span], cache: KvCache) -> _Plan:
+        """Which sequences share a call."""
+        single = [span for span in spans if span.count == 1]
+        longest = max((span.total for span in single), default=0)
+        if len(single) < 2 or longest * len(single) > PADDING_LIMIT * sum(span.total for span in single):
+            return _Plan(None, spans)
+        slots = torch.zeros(len(single), longest, dtype=torch.int64, device=cache.keys.device)
+        for row, span in enumerate(single):
+            slots[row, : span.total] = span.slots
+        decoding = _Decoding(
+            rows=torch.tensor([span.first for span in single], device=slots.device),
+            slots=slots,
+            totals=torch.tensor([span.total for span in single], device=slots.device),
+        )
+        return _Plan(decoding, [span for span in spans if span.count > 1])
 
     def attend(
         self, layer: int, query: torch.Tensor, batch: AttentionBatch, *, scale: float, window: int | None
@@ -28,8 +65,19 @@ class SdpaAttention(AttentionBackend):
         """See AttentionBackend.attend."""
         keys, values = batch.cache.keys[layer], batch.cache.values[layer]
         heads, tokens, head_dim = query.shape
+        plan: _Plan = batch.plan
         out = query.new_empty(tokens, heads, head_dim)
-        for index, span in enumerate(batch.spans):
+        if (decoding := plan.decoding) is not None:
+            attended = F.scaled_dot_product_attention(
+                query.transpose(0, 1)[decoding.rows].unsqueeze(2),
+                keys[decoding.slots].transpose(1, 2),
+                values[decoding.slots].transpose(1, 2),
+                attn_mask=_decoding_mask(plan, decoding, window, query),
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[decoding.rows] = attended.squeeze(2)
+        for span in plan.others:
             oldest = 0 if window is None else max(0, span.start - window + 1)
             slots = span.slots[oldest:]
             rows = slice(span.first, span.first + span.count)
@@ -37,29 +85,44 @@ class SdpaAttention(AttentionBackend):
                 query[None, :, rows],
                 keys.index_select(0, slots).transpose(0, 1)[None],
                 values.index_select(0, slots).transpose(0, 1)[None],
-                attn_mask=self._mask(batch, index, span, oldest, window, query),
+                attn_mask=_span_mask(plan, span, oldest, window, query),
                 scale=scale,
                 enable_gqa=True,
             )
             out[rows] = attended[0].transpose(0, 1)
         return out
 
-    @staticmethod
-    def _mask(
-        batch: AttentionBatch, index: int, span: Span, oldest: int, window: int | None, query: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Additive mask [count, total - oldest] in the query's dtype, or None where a single token sees everything."""
-        if span.count == 1:
-            return None
-        store: dict[tuple[int, int | None], torch.Tensor] = batch.plan
-        mask = store.get((index, window))
-        if mask is None:
-            new = torch.arange(span.start, span.total, device=query.device)[:, None]
-            seen = torch.arange(oldest, span.total, device=query.device)[None, :]
-            hidden = seen > new
-            if window is not None:
-                hidden |= seen <= new - window
-            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-            mask.masked_fill_(hidden, float("-inf"))
-            store[(index, window)] = mask
-        return mask
+
+def _decoding_mask(plan: _Plan, decoding: _Decoding, window: int | None, query: torch.Tensor) -> torch.Tensor:
+    """Additive mask [B, 1, 1, longest] in the query's dtype: padding and what the window has left behind."""
+    mask = plan.masks.get((-1, window))
+    if mask is None:
+        position = torch.arange(decoding.slots.shape[1], device=query.device)[None, :]
+        hidden = position >= decoding.totals[:, None]
+        if window is not None:
+            hidden |= position < decoding.totals[:, None] - window
+        mask = plan.masks[(-1, window)] = _additive(hidden, query)[:, None, None]
+    return mask
+
+
+def _span_mask(
+    plan: _Plan, span: Span, oldest: int, window: int | None, query: torch.Tensor
+) -> torch.Tensor | None:
+    """Additive mask [count, total - oldest] in the query's dtype, or None where a single token sees everything."""
+    if span.count == 1:
+        return None
+    mask = plan.masks.get((span.first, window))
+    if mask is None:
+        new = torch.arange(span.start, span.total, device=query.device)[:, None]
+        seen = torch.arange(oldest, span.total, device=query.device)[None, :]
+        hidden = seen > new
+        if window is not None:
+            hidden |= seen <= new - window
+        mask = plan.masks[(span.first, window)] = _additive(hidden, query)
+    return mask
+
+
+def _additive(hidden: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(
+        hidden, float("-inf")
+    )

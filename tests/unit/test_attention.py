@@ -1,0 +1,53 @@
+"""Every attention backend equals attention written out, for any mix of lengths, windows and shared calls."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from hat_runtime.model.attention import BACKENDS, AttentionBatch, Span, make_backend
+from hat_runtime.model.pages import KvCache
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+MIXES = {
+    "one token": [(1, 9)],
+    "many decoding": [(1, 3), (1, 40), (1, 1), (1, 25)],
+    "very different lengths": [(1, 1), (1, 300), (1, 2)],
+    "prompt chunks": [(7, 0), (12, 20)],
+    "everything": [(1, 5), (6, 0), (1, 30), (4, 17), (1, 0), (1, 2)],
+}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("mix", MIXES)
+def test_equals_attention_written_out(name: str, window: int | None, mix: str) -> None:
+    torch.manual_seed(3)
+    cache = KvCache(
+        layers=1, kv_heads=KV_HEADS, head_dim=DIM, num_pages=512, page_tokens=1, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    cache.keys.normal_()
+    cache.values.normal_()
+    free = random.Random(3).sample(range(512), 512)
+    spans, first = [], 0
+    for count, start in MIXES[mix]:
+        slots = torch.tensor([free.pop() for _ in range(start + count)])
+        spans.append(Span(first, count, start, slots))
+        first += count
+    query = torch.randn(HEADS, first, DIM)
+    backend = make_backend(name)
+    out = backend.attend(0, query, AttentionBatch(backend, cache, spans), scale=0.3, window=window)
+
+    for span in spans:
+        for row in range(span.count):
+            position = span.start + row
+            oldest = 0 if window is None else max(0, position - window + 1)
+            slots = span.slots[oldest : position + 1]
+            for head in range(HEADS):
+                kv_head = head // (HEADS // KV_HEADS)
+                weights = (cache.keys[0, slots, kv_head] @ query[head, span.first + row] * 0.3).softmax(-1)
+                expected = weights @ cache.values[0, slots, kv_head]
+                torch.testing.assert_close(out[span.first + row, head], expected, atol=1e-5, rtol=1e-5)
