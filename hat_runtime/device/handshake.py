@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hat_runtime.device.session import Binding
+from hat_runtime.device.steps import Binding
 from hat_runtime.errors import HandshakeError
 from hat_runtime.model.manifest import Manifest, read_config
 from hat_runtime.model.split import LayerRange

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry
 from hat_runtime.device.estimates import LinkEstimate
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
-from hat_runtime.device.session import Binding, CloudSession
+from hat_runtime.device.session import CloudSession
+from hat_runtime.device.steps import Binding
 from hat_runtime.errors import HandshakeError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.proto.hat.v1 import runtime_pb2_grpc

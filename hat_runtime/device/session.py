@@ -5,70 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import torch
 
 from hat_runtime.device.refusals import CloudRefused, explain
+from hat_runtime.device.steps import ALL, LAST, NONE, Binding, Step, StepResult, Want
 from hat_runtime.errors import CloudUnavailable, HatError
-from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from hat_runtime.wire import codec, frames
+from hat_runtime.wire import codec
 
 if TYPE_CHECKING:
     from hat_runtime.device.link import CloudLink
-
-Want: TypeAlias = "pb.Want.ValueType"
-NONE, LAST, ALL = pb.WANT_NONE, pb.WANT_LAST, pb.WANT_ALL
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What device and cloud must have in common, as the device knows it from its own model folder."""
-
-    model_revision: str
-    layers: LayerRange
-    """The cloud's layers."""
-    dtype: torch.dtype
-    hidden_size: int
-    codec: str = codec.RAW
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The cloud's answer to one Step."""
-
-    stale: bool
-    """True: not computed, because the epoch was raised or the session evicted."""
-    start: int
-    n: int
-    deep: torch.Tensor | None = None
-    """[1, hidden_size] for LAST, [n, hidden_size] for ALL, None for NONE or a stale Step."""
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    batch_tokens: int = 0
-    suggested_chunk: int = 0
-
-
-@dataclass
-class _Step:
-    epoch: int
-    start: int
-    hidden: torch.Tensor
-    want: Want
-    request_id: str
-    future: asyncio.Future[StepResult]
-    alone: bool
-    """No other Step of the session was unanswered when this one was submitted."""
-    submitted_s: float = field(default_factory=time.monotonic)
-    received: bytearray = field(default_factory=bytearray)
-
-    @property
-    def n(self) -> int:
-        return len(self.hidden)
 
 
 class CloudSession:
@@ -95,9 +44,9 @@ class CloudSession:
         self.downlink_bytes = 0
         self._call = call
         self._end = 0
-        self._unsent: deque[_Step] = deque()
+        self._unsent: deque[Step] = deque()
         self._extra: deque[pb.DeviceMessage] = deque()
-        self._unanswered: deque[_Step] = deque()
+        self._unanswered: deque[Step] = deque()
         self._wake_writer = asyncio.Event()
         self._answered = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -161,7 +110,7 @@ class CloudSession:
         if start > self._end:
             future.set_result(StepResult(True, start, len(hidden)))
             return future
-        step = _Step(self.epoch, start, hidden, want, request_id, future, alone=not self._unanswered)
+        step = Step(self.epoch, start, hidden, want, request_id, future, alone=not self._unanswered)
         self.committed = min(self.committed, start)
         self._end = start + len(hidden)
         self._unsent.append(step)
@@ -212,7 +161,7 @@ class CloudSession:
                     if self._extra:
                         await self._write(self._extra.popleft())
                         continue
-                    for message in _frames(self._unsent.popleft(), self.limits.max_frame_bytes):
+                    for message in self._unsent.popleft().messages(self.limits.max_frame_bytes):
                         await self._write(message)
                 self._wake_writer.clear()
                 await self._wake_writer.wait()
@@ -339,19 +288,3 @@ class CloudSession:
         self._unanswered.clear()
         self._answered.set()
         self.link.forget(self)
-
-
-def _frames(step: _Step, max_bytes: int) -> Iterator[pb.DeviceMessage]:
-    payload = codec.encode(step.hidden)
-    for part, more in frames.split(payload, max_bytes or frames.MAX_FRAME_BYTES):
-        yield pb.DeviceMessage(
-            step=pb.Step(
-                epoch=step.epoch,
-                start_pos=step.start,
-                n=step.n,
-                want=step.want,
-                payload=part,
-                more=more,
-                request_id=step.request_id,
-            )
-        )

@@ -1,0 +1,83 @@
+"""Steps and their Results, as the device sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from hat_runtime.model.split import LayerRange
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.wire import codec, frames
+
+Want: TypeAlias = "pb.Want.ValueType"
+NONE, LAST, ALL = pb.WANT_NONE, pb.WANT_LAST, pb.WANT_ALL
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What device and cloud must have in common, as the device knows it from its own model folder."""
+
+    model_revision: str
+    layers: LayerRange
+    """The cloud's layers."""
+    dtype: torch.dtype
+    hidden_size: int
+    codec: str = codec.RAW
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The cloud's answer to one Step."""
+
+    stale: bool
+    """True: not computed, because the epoch was raised or the session evicted."""
+    start: int
+    n: int
+    deep: torch.Tensor | None = None
+    """[1, hidden_size] for LAST, [n, hidden_size] for ALL, None for NONE or a stale Step."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    batch_tokens: int = 0
+    suggested_chunk: int = 0
+
+
+@dataclass(eq=False)
+class Step:
+    """A Step that was submitted and not answered yet."""
+
+    epoch: int
+    start: int
+    hidden: torch.Tensor
+    want: Want
+    request_id: str
+    future: asyncio.Future[StepResult]
+    alone: bool
+    """No other Step of the session was unanswered when this one was submitted."""
+    submitted_s: float = field(default_factory=time.monotonic)
+    received: bytearray = field(default_factory=bytearray)
+
+    @property
+    def n(self) -> int:
+        """Tokens in the Step."""
+        return len(self.hidden)
+
+    def messages(self, max_frame_bytes: int) -> Iterator[pb.DeviceMessage]:
+        """The Step's frames; 0 stands for the protocol's own limit."""
+        payload = codec.encode(self.hidden)
+        for part, more in frames.split(payload, max_frame_bytes or frames.MAX_FRAME_BYTES):
+            yield pb.DeviceMessage(
+                step=pb.Step(
+                    epoch=self.epoch,
+                    start_pos=self.start,
+                    n=self.n,
+                    want=self.want,
+                    payload=part,
+                    more=more,
+                    request_id=self.request_id,
+                )
+            )
