@@ -129,10 +129,12 @@ class LinkProxy:
 
     async def close(self) -> None:
         """Stop listening and reset all connections."""
+        self.cut()
+        tasks = list(self._connections)
         if self._acceptor is not None:
             self._acceptor.cancel()
-        self.cut()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+            tasks.append(self._acceptor)
+        await asyncio.gather(*tasks, return_exceptions=True)  # a socket is closed only when nobody watches it
         if self._listener is not None:
             self._listener.close()
 

@@ -156,6 +156,14 @@ def test_a_busy_port_is_named() -> None:
         EmulatedLink("127.0.0.1:1", FAST, listen=address)
 
 
+def test_closing_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    with far_end() as server, emulated_link(server, FAST) as link:
+        connection = _connect(link.address)
+        connection.sendall(b"E")
+    connection.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_the_process_ends_with_its_starter() -> None:
     """Even when the starter is killed: its end of standard input closes."""
     code = (
