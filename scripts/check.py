@@ -111,7 +111,7 @@ def read_report(outcome: Outcome, report: Path) -> None:
 
 def run(check: Check, folder: Path) -> Outcome:
     """Runs one check with its output on the terminal."""
-    print(f"\n=== {check.name}: {' '.join(check.command[1:]) or Path(check.command[0]).name}", flush=True)
+    print(f"\n=== {check.name}: {' '.join([Path(check.command[0]).name, *check.command[1:]])}", flush=True)
     report = folder / f"{check.name}.xml"
     command = [*check.command, f"--junit-xml={report}"] if check.is_pytest else list(check.command)
     started = time.monotonic()
