@@ -41,7 +41,9 @@ the exit code is 1 at the end.
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.description = _TEXT
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help="one JSON object a line, as above"
+    )
     parser.add_argument(
         "--model",
         type=Path,

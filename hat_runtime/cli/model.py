@@ -57,7 +57,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="check every file of a prepared folder",
         description="Check size and sha256 of every file of a folder that `hat model prepare` wrote.",
     )
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="as `hat model prepare` wrote it")
     verify.add_argument("--json", action="store_true", help="print the model's ids as JSON")
     verify.set_defaults(run=_run_verify)
 
