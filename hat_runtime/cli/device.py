@@ -104,20 +104,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    import asyncio
-    import math
-
-    from hat_runtime import log
-    from hat_runtime.device.generator import GeneratorConfig
-    from hat_runtime.device.serve import DeviceConfig, serve_device
+    from hat_runtime import http, log
     from hat_runtime.errors import UsageError
 
     log.setup(args.log_level, args.log_format)
     parse_host_port(args.cloud, "--cloud")
     check_positive(args.kv_tokens, "--kv-tokens")
-    host, port = parse_host_port(args.listen, "--listen")
     if args.keep_sessions < 0:
         raise UsageError(f"--keep-sessions {args.keep_sessions}: must be 0 or more")
+    host, port = parse_host_port(args.listen, "--listen")
+    http.bind(host, port, "--listen").close()  # a busy port is told before seconds of imports
+
+    import asyncio
+    import math
+
+    from hat_runtime.device.generator import GeneratorConfig
+    from hat_runtime.device.serve import DeviceConfig, serve_device
+
     config = DeviceConfig(
         model=args.model,
         cloud=args.cloud,

@@ -24,7 +24,7 @@ from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
-from hat_runtime.model.hf import load_tokenizer
+from hat_runtime.model.hf import load_config, load_tokenizer
 from hat_runtime.signals import wait_for_termination
 
 log = logging.getLogger(__name__)
@@ -125,24 +125,34 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
     bound = http.bind(config.listen_host, config.listen_port, "--listen")
     async with http.serving(make_app(api), bound) as url:
         try:
-            encoder = PromptEncoder(await asyncio.to_thread(load_tokenizer, config.model))
+            encoder = await asyncio.to_thread(_load_encoder, config.model)
             generator = await _connect(config, metrics, api)
             revision = generator.binding.model_revision[:12]
             api.served = Served(generator, encoder, f"hat_{revision}")
             yield RunningDevice(url, config.name, generator, metrics)
         finally:
-            await gate.drain(config.grace_s if generator is not None else 0.0)
-            if generator is not None:
-                await generator.close()
+            try:
+                await gate.drain(config.grace_s)
+            finally:
+                if generator is not None:
+                    await generator.close()
 
 
 async def serve_device(config: DeviceConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C; says on standard output when and where."""
+    """Serve until SIGTERM or Ctrl-C (a second one cuts the grace time short); says on standard output where.
+
+    Raises:
+        HatError: as `running_device`, but a cloud that is away is waited for where the config says so.
+    """
     asked = asyncio.create_task(wait_for_termination())
     serving = asyncio.create_task(_serve_forever(config))
     await asyncio.wait((asked, serving), return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     serving.cancel()
+    again = asyncio.create_task(wait_for_termination())
+    await asyncio.wait((again, serving), return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    serving.cancel()  # asked twice: no more waiting for answers
     with contextlib.suppress(asyncio.CancelledError):
         await serving
 
@@ -184,6 +194,11 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
             api.why_not_ready = str(error)
             log.warning("%s; trying again every %g s", error, RECONNECT_S)
             await asyncio.sleep(RECONNECT_S)
+
+
+def _load_encoder(folder: Path) -> PromptEncoder:
+    load_config(folder)  # says what is wrong with the folder; transformers would look for its name on the hub
+    return PromptEncoder(load_tokenizer(folder))
 
 
 def _torch_device(name: str) -> str:

@@ -271,6 +271,7 @@ async def test_what_cannot_start_says_why(folder: Path, tmp_path: Path, tiny_lla
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--listen 127.0.0.1:{port}" in str(await fails(listen_port=port))
+    assert "config.json" in str(await fails(model=tmp_path / "no-such-model"))
     empty = tmp_path / "keys"
     empty.write_text("\n")
     assert isinstance(await fails(api_key_file=empty), UsageError)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable
 
 from hat_runtime.device.api.errors import RETRY_S, ApiError
+
+log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 60.0
 
@@ -91,13 +95,16 @@ class Gate:
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, give the others `grace_s` seconds to end, then end them with an error."""
         self.closed = True
+        if self._aborts:
+            log.info("%d requests get %g s to end", len(self._aborts), grace_s)
         try:
-            async with asyncio.timeout(grace_s):
-                await self._empty.wait()
-        except TimeoutError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self._empty.wait()
+        finally:
             for abort in list(self._aborts):
                 abort(_shutting_down())
-            await self._empty.wait()
+        await self._empty.wait()
 
 
 def _shutting_down() -> ApiError:
