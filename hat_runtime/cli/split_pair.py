@@ -1,0 +1,109 @@
+"""A cloud and a device process on this machine, with or without an emulated link between them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hat_runtime.cli.completions import Answer, stream_chat
+from hat_runtime.cli.processes import Child, Children, free_address, hat_command
+from hat_runtime.emulation.link import EmulatedLink
+from hat_runtime.emulation.spec import LinkSpec
+from hat_runtime.errors import HatError
+
+INPUT_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """What to start."""
+
+    model: Path
+    link: LinkSpec | None = None
+    """None: loopback as it is."""
+    input_layers: int = INPUT_LAYERS
+    dtype: str = "bfloat16"
+    chunk_tokens: int = 128
+    listen: str = "127.0.0.1:0"
+    """Of the device's API; port 0: a free one."""
+    device_cores: frozenset[int] | None = None
+    """Processor cores that the device may use; None: all of ours."""
+    cloud_cores: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer, and what crossed the emulated link for it (TCP payload bytes)."""
+
+    answer: Answer
+    up_bytes: int
+    down_bytes: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Device and cloud, ready to answer."""
+
+    config: PairConfig
+    url: str
+    """The device's base URL, without /v1."""
+    cloud_http: str
+    """The cloud's health and metrics, base URL."""
+    link: EmulatedLink | None
+    device: Child
+    cloud: Child
+
+    def ask(
+        self, question: str, max_tokens: int, chunk_tokens: int, on_text: Callable[[str], None] | None = None
+    ) -> Asked:
+        """One question, greedily; chunk_tokens 0 is the plain U-shape.
+
+        Raises:
+            HatError: something broke; if a process has ended, the text shows its last lines.
+        """
+        up, down = self.link.transferred() if self.link else (0, 0)
+        try:
+            answer = stream_chat(
+                self.url, question, max_tokens=max_tokens, chunk_tokens=chunk_tokens, on_text=on_text
+            )
+        except HatError:
+            for child in (self.cloud, self.device):
+                child.check()
+            raise
+        up_after, down_after = self.link.transferred() if self.link else (0, 0)
+        return Asked(answer, up_after - up, down_after - down)
+
+
+@contextlib.contextmanager
+def running_pair(
+    config: PairConfig, children: Children, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Pair]:
+    """Start cloud, link and device, in this order, and wait until they are ready.
+
+    Conversations are not kept: every prompt goes up whole, so that answers can be compared.
+
+    Raises:
+        HatError: one of them ends or takes too long.
+    """
+    cloud_address, cloud_http, api = free_address(), free_address(), config.listen
+    if api.endswith(":0"):
+        api = free_address()
+    with contextlib.ExitStack() as stack:
+        say("Starting the cloud ...")
+        command = hat_command("cloud", "serve", "--model", str(config.model), "--dtype", config.dtype)
+        command += ["--input-layers", str(config.input_layers)]
+        command += ["--listen", cloud_address, "--http-listen", cloud_http]
+        cloud = children.start("cloud", command, cores=config.cloud_cores)
+        cloud.wait_ready(f"http://{cloud_http}/readyz")
+        link = None
+        if config.link is not None:
+            link = stack.enter_context(EmulatedLink(cloud_address, config.link))
+        say("Starting the device ...")
+        command = hat_command("device", "serve", "--model", str(config.model), "--dtype", config.dtype)
+        command += ["--cloud", link.address if link else cloud_address, "--listen", api]
+        command += ["--chunk-tokens", str(config.chunk_tokens), "--keep-sessions", "0", "--grace", "1"]
+        device = children.start("device", command, cores=config.device_cores)
+        device.wait_ready(f"http://{api}/readyz", tick=cloud.check)
+        yield Pair(config, f"http://{api}", f"http://{cloud_http}", link, device, cloud)
