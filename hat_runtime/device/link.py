@@ -14,7 +14,7 @@ from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
 from hat_runtime.device.session import CloudSession
 from hat_runtime.device.steps import Binding
-from hat_runtime.errors import HandshakeError
+from hat_runtime.errors import CloudOverloaded, HandshakeError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.proto.hat.v1 import runtime_pb2_grpc
 from hat_runtime.wire.codec import dtype_name
@@ -86,9 +86,15 @@ class CloudLink:
     def open_session(self, binding: Binding, *, request_id: str = "", tenant: str = "") -> CloudSession:
         """Open a generation session, without waiting for the cloud's consent: see `CloudSession.opened`.
 
-        What can go wrong ends the session: CloudUnavailable (not reachable, or full, and then `retry_after_s` says
-        when to try again), HandshakeError (another model, split, dtype or codec).
+        What goes wrong later ends the session: CloudUnavailable (not reachable, or full, and then `retry_after_s`
+        says when to try again) or HandshakeError (another model, split, dtype or codec).
+
+        Raises:
+            CloudOverloaded: a Notice asked for a pause that is not over.
         """
+        wait_s = self.retry_at_s - time.monotonic()
+        if wait_s > 0:
+            raise CloudOverloaded(f"the cloud at {self.address} asked to be left alone for now", wait_s)
         metadata = (("x-request-id", request_id),) if request_id else None
         session = CloudSession(self, self._stub.Session(metadata=metadata), binding)
         self.sessions.add(session)

@@ -20,7 +20,8 @@ def explain(error: grpc.aio.AioRpcError, address: str) -> HatError:
     if code is grpc.StatusCode.UNAVAILABLE:
         return CloudUnavailable(
             f"the cloud at {address} cannot be reached or went away ({details}); check the address, "
-            "that `hat cloud serve` runs there, and that no firewall is between"
+            "that `hat cloud serve` runs there, and that no firewall is between",
+            _retry_after_s(error),
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CloudUnavailable(

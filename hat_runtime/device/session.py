@@ -191,6 +191,9 @@ class CloudSession:
             self._end_with(explain(error, self.link.address))
         except CloudRefused as error:
             self.close(error)
+        finally:
+            # grpc.aio raises CancelledError also for a stream that the other side cancelled.
+            self._end_with(CloudUnavailable(f"the cloud at {self.link.address} cancelled the session"))
 
     def _receive(self, message: pb.CloudMessage) -> None:
         kind = message.WhichOneof("message")
@@ -225,30 +228,20 @@ class CloudSession:
         stale = result.status == pb.STATUS_STALE
         deep = None
         if not stale:
-            self.committed = step.start + step.n
+            # A later Step may start lower already, and truncates when its turn comes.
+            self.committed = min([step.start + step.n, *(later.start for later in self._unanswered)])
             rows = {NONE: 0, LAST: 1, ALL: step.n}[step.want]
             try:
-                deep = (
-                    codec.decode(payload, rows, self.binding.hidden_size, self.binding.dtype)
-                    if rows
-                    else None
-                )
+                if rows:
+                    deep = codec.decode(payload, rows, self.binding.hidden_size, self.binding.dtype)
             except ValueError as error:
                 raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
             elapsed_s = time.monotonic() - step.submitted_s
             self.link.saw_result(step.hidden.nbytes, elapsed_s, queue_s, compute_s, step.alone)
         if not step.future.done():
+            tokens, proposed = result.batch_tokens, result.suggested_chunk
             step.future.set_result(
-                StepResult(
-                    stale,
-                    step.start,
-                    step.n,
-                    deep,
-                    queue_s,
-                    compute_s,
-                    result.batch_tokens,
-                    result.suggested_chunk,
-                )
+                StepResult(stale, step.start, step.n, deep, queue_s, compute_s, tokens, proposed)
             )
 
     def _receive_notice(self, notice: pb.Notice) -> None:
