@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The request that the current task works for; the same id on device and cloud."""
+
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def sane_request_id(text: str) -> str | None:
+    """The id if it may stand in a log and a header, else None: it comes from outside and must not forge log lines."""
+    return text if _SANE_ID.fullmatch(text) else None
 
 
 class _RequestIdFilter(logging.Filter):
@@ -51,5 +60,5 @@ def setup(level: str = "info", style: str = "text") -> None:
         else logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "urllib3", "filelock", "asyncio", "transformers"):
+    for noisy in ("httpx", "urllib3", "filelock", "asyncio", "transformers", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

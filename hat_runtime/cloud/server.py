@@ -18,7 +18,7 @@ from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_fram
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone
-from hat_runtime.log import request_id
+from hat_runtime.log import request_id, sane_request_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
 
@@ -161,6 +161,10 @@ class RuntimeService:
             if error.retry_after_s is not None:
                 trailing = ((RETRY_METADATA, str(round(error.retry_after_s * 1000))),)
             await context.abort(code, str(error), trailing)
+        except Exception:
+            code = grpc.StatusCode.UNKNOWN
+            log.exception("a stream failed")
+            raise
         finally:
             self._metrics.ended.labels(code.name).inc()
             if reader is not None:
@@ -176,7 +180,7 @@ class RuntimeService:
                 "the first message of a stream must be Open", grpc.StatusCode.FAILED_PRECONDITION
             )
         opening = message.open
-        request_id.set(opening.request_id[:128] or "-")
+        request_id.set(sane_request_id(opening.request_id) or "-")
         self._check_handshake(opening)
         self._make_room()
         session = Session(
@@ -251,8 +255,8 @@ class RuntimeService:
                 kind = None if message is None else message.WhichOneof("message")
                 if kind == "step":
                     assert message is not None
-                    if message.step.request_id:
-                        request_id.set(message.step.request_id[:128])
+                    if (name := sane_request_id(message.step.request_id)) is not None:
+                        request_id.set(name)
                         log.info("session %s serves this request from here", session.id[:8])
                     if (work := assembler.feed(message.step)) is not None:
                         await stream.admit(work.n)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 from typing import Any
@@ -13,12 +12,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hat_runtime.device.api.errors import CLIENT_GONE, from_exception
-from hat_runtime.log import request_id
+from hat_runtime.log import request_id, sane_request_id
 
 log = logging.getLogger("hat_runtime.access")
 
 REQUEST_ID_HEADER = "X-Request-ID"
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")
 
 
@@ -44,7 +42,7 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        identity = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        identity = sane_request_id(given) or uuid.uuid4().hex
         token = request_id.set(identity)
         began, status = time.monotonic(), 0
 
