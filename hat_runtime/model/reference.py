@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
 
 from hat_runtime.errors import ModelError, UsageError
 
@@ -39,11 +40,14 @@ class LocalModel:
         Raises:
             ModelError: transformers cannot load the folder.
         """
+        transformers_logging.disable_progress_bar()  # a second bar beside the caller's
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers cannot load {folder}: {error}") from error
+        finally:
+            transformers_logging.enable_progress_bar()
         # Only the stop tokens count: a folder's own sampling settings or penalties would not be greedy decoding.
         self.model.generation_config = GenerationConfig(
             do_sample=False,

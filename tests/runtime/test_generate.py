@@ -102,7 +102,7 @@ async def test_a_cloud_gives_the_references_tokens(
 async def test_seeded_sampling_does_not_depend_on_concurrency_or_chunks(
     model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = (
+    common: tuple[object, ...] = (
         "--prompts",
         prompts,
         "--model",
@@ -111,8 +111,6 @@ async def test_seeded_sampling_does_not_depend_on_concurrency_or_chunks(
         16,
         "--limit",
         2,
-        "--temperature",
-        1,
     )
     async with running_cloud(CloudConfig(model, input_layers=2, dtype="float32")) as cloud:
         common += ("--temperature", 1, "--cloud", cloud.address)
