@@ -153,7 +153,7 @@ def _table(args: argparse.Namespace, model: Path, reference: list[dict[str, Any]
         f"{tokens} tokens in the reference",
         f"- commit: {_commit()}",
         f"- machine: {_machine()}",
-        f"- command: `{shlex.join(['python', 'benchmarks/exactness.py', *sys.argv[1:]])}`",
+        f"- command: `{_command()}`",
         "",
         "| prompts at a time | chunk | tokens | seconds | answers that differ | largest gap where they do |",
         "|---|---|---|---|---|---|",
@@ -174,6 +174,12 @@ def _commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def _command() -> str:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    words = shlex.join(["python", "benchmarks/exactness.py", *sys.argv[1:]])
+    return f"OMP_NUM_THREADS={threads} {words}" if threads else words
 
 
 def _machine() -> str:

@@ -1,8 +1,6 @@
 """hat_manifest.json: which model a folder holds, so that device and cloud can tell whether theirs are the same.
 
-weights_id = sha256 over the sorted lines "name dtype shape sha256(content)" of the whole model's tensors, whatever part
-of them the folder stores. model_revision = sha256 over weights_id and the configuration without keys that change no
-number.
+It describes the whole model, whatever part of it the folder stores; see ids.py for the two ids.
 """
 
 from __future__ import annotations
@@ -18,6 +16,14 @@ from typing import Any
 
 from hat_runtime.errors import ModelError
 from hat_runtime.model.cache import cache_dir, lock
+from hat_runtime.model.ids import (
+    FileDigest,
+    TensorDigest,
+    hash_file,
+    model_revision,
+    stored_dtype,
+    weights_id,
+)
 from hat_runtime.model.weights import Part, TensorIndex, layer_of
 
 MANIFEST_FILE = "hat_manifest.json"
@@ -25,46 +31,11 @@ FORMAT = 1
 BY_TENSORS = "tensors"
 BY_HUB_FILES = "hub files"
 
-# Keys of config.json that say nothing about the numbers the layers compute.
-_VOLATILE = frozenset(
-    {
-        "_attn_implementation",
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "pad_token_id",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HASH_BYTES = 4 << 20
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): called while bytes are read, fetched or written."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TensorDigest:
-    """A tensor's dtype (safetensors' spelling), shape and sha256 of its raw little-endian bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """A file's size in bytes and sha256."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -125,21 +96,6 @@ class Manifest:
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def weights_id(tensors: Mapping[str, TensorDigest]) -> str:
-    """The id (64 hex digits) of a whole model's weights."""
-    lines = (
-        f"{name} {digest.dtype} {'x'.join(map(str, digest.shape))} {digest.sha256}\n"
-        for name, digest in sorted(tensors.items())
-    )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def model_revision(weights: str, config: Mapping[str, Any]) -> str:
-    """The id (64 hex digits) of weights and configuration together; two sides that agree on it compute the same."""
-    text = weights + json.dumps(_without_volatile(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder.
 
@@ -172,12 +128,6 @@ def layer_count(config: Mapping[str, Any]) -> int:
             f"config.json: num_hidden_layers is {count!r}; only decoder-only models are supported"
         )
     return count
-
-
-def stored_dtype(dtypes: list[str]) -> str:
-    """The dtype that most tensors have, in torch's spelling."""
-    most = max(sorted(set(dtypes)), key=dtypes.count)
-    return _TORCH_NAMES.get(most, most.lower())
 
 
 def identity(folder: Path, progress: Progress | None = None) -> Manifest:
@@ -290,20 +240,6 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise ModelError(
                 f"{path} is damaged: {size} bytes instead of {expected.size}; prepare the model again"
             )
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _without_volatile(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_volatile(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _VOLATILE
-    }
 
 
 def _from_json(data: dict[str, Any]) -> Manifest:

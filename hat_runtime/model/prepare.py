@@ -15,22 +15,24 @@ from hat_runtime.model import default_model
 from hat_runtime.model.cache import cache_dir, lock
 from hat_runtime.model.gguf import open_gguf
 from hat_runtime.model.hub import open_hub
+from hat_runtime.model.ids import (
+    FileDigest,
+    TensorDigest,
+    hash_file,
+    model_revision,
+    stored_dtype,
+    weights_id,
+)
 from hat_runtime.model.manifest import (
     BY_HUB_FILES,
     BY_TENSORS,
     MANIFEST_FILE,
-    FileDigest,
     Manifest,
     PartSpan,
     Progress,
-    TensorDigest,
-    hash_file,
     identity,
     layer_count,
-    model_revision,
-    stored_dtype,
     verify_files,
-    weights_id,
 )
 from hat_runtime.model.shards import SourceTensor, Written, digest_of, plan_shards, write_shards
 from hat_runtime.model.sources import Kind, Opened, kind_of, open_folder

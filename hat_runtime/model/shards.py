@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hat_runtime.errors import ModelError
-from hat_runtime.model.manifest import FileDigest, Progress, TensorDigest
+from hat_runtime.model.ids import FileDigest, TensorDigest
+from hat_runtime.model.manifest import Progress
 from hat_runtime.model.weights import EMBED, HEAD, INDEX_FILE, NORM, SINGLE_FILE, layer_of
 
 BYTES_OF = {

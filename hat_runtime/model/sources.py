@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hat_runtime.errors import ModelError, UsageError
-from hat_runtime.model.manifest import MANIFEST_FILE, Manifest, TensorDigest, read_config
+from hat_runtime.model.ids import TensorDigest
+from hat_runtime.model.manifest import MANIFEST_FILE, Manifest, read_config
 from hat_runtime.model.shards import SourceTensor
 from hat_runtime.model.weights import TensorIndex
 

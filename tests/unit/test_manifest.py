@@ -12,17 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from hat_runtime.errors import ModelError
-from hat_runtime.model import manifest as manifests
-from hat_runtime.model.manifest import (
-    FileDigest,
-    Manifest,
-    PartSpan,
-    TensorDigest,
-    identity,
-    model_revision,
-    verify_files,
-    weights_id,
-)
+from hat_runtime.model.ids import FileDigest, TensorDigest, hash_file, model_revision, weights_id
+from hat_runtime.model.manifest import Manifest, PartSpan, identity, verify_files
 from hat_runtime.model.weights import EMBED, NORM
 
 CONFIG = {
@@ -61,7 +52,7 @@ def prepared(path: Path) -> Manifest:
     """The folder's manifest with its files, as `hat model prepare` would write it."""
     found = identity(path)
     files = {
-        name: FileDigest((path / name).stat().st_size, manifests.hash_file(path / name))
+        name: FileDigest((path / name).stat().st_size, hash_file(path / name))
         for name in ("config.json", "model.safetensors")
     }
     return Manifest(**{**vars(found), "files": files})
