@@ -60,6 +60,7 @@ class Answer:
         self._max_evictions = max_evictions
         self._fresh = True  # the session was opened for this request
         self._announced = False  # a Step has carried the request's id
+        self._batch_tokens = 0  # of the cloud's pass that the last round was in
         self._bytes_before = (0, 0)  # what the session had sent and received for earlier requests
 
     @property
@@ -104,7 +105,13 @@ class Answer:
         more = request.stats.completion_tokens + 1 < request.max_new_tokens
         advanced = await self._with_room(
             lambda: self._model.advance(
-                conversation.sequence, deep, request.sampling, position, request.stop_ids, embed_new=more
+                conversation.sequence,
+                deep,
+                request.sampling,
+                position,
+                request.stop_ids,
+                embed_new=more,
+                batch_tokens=self._batch_tokens,
             )
         )
         if advanced.hidden is not None:
@@ -122,14 +129,20 @@ class Answer:
 
     async def finish_round(self, pending: asyncio.Future[StepResult]) -> torch.Tensor:
         """The deep state [1, hidden_size] of a round under way; after an eviction that of a new upload."""
+        self._batch_tokens = 0
+        self._model.rounds_in_flight += 1
         try:
-            deep = self._take(await pending)
+            result = await pending
         except CloudUnavailable as error:
             await self._reopen(error)
             return await self.upload()
+        finally:
+            self._model.rounds_in_flight -= 1
+        deep = self._take(result)
         if deep is None:
             self._count_eviction()
             return await self.upload()
+        self._batch_tokens = result.batch_tokens
         return deep
 
     def end(self) -> None:

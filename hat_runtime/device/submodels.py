@@ -1,26 +1,15 @@
-"""The device's share of the model: embedding, input layers and head, run by one worker thread for all sessions.
-
-One thread, because torch keeps an OpenMP team per calling thread, and because whatever waits when the thread
-comes back is one batch: the head over all rows at once, then the input layers over all new tokens at once.
-"""
+"""The device's share of the model: embedding, input layers and head, with the KV cache of its sessions."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import queue
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hat_runtime.device.sampling import SamplingParams, sample
-from hat_runtime.errors import HatError
+from hat_runtime.device.sampling import SamplingParams
+from hat_runtime.device.worker import Advanced, DeviceFull, Job, Worker, deliver
 from hat_runtime.model.attention import make_backend
 from hat_runtime.model.hf import (
     DecoderSlice,
@@ -30,40 +19,14 @@ from hat_runtime.model.hf import (
     load_decoder_slice,
     load_device_ends,
 )
-from hat_runtime.model.pages import KvCache, OutOfPages, PagedSequence
-from hat_runtime.model.runner import LayerRunner, Segment, make_cache
+from hat_runtime.model.pages import KvCache, PagedSequence
+from hat_runtime.model.runner import LayerRunner, make_cache
 from hat_runtime.model.split import LayerRange
 
-log = logging.getLogger(__name__)
+__all__ = ["Advanced", "DeviceFull", "DeviceModel"]
 
-_BATCH_TOKENS = 512
-"""New tokens after which the worker stops collecting jobs for one pass, so that short jobs do not wait long."""
-
-
-class DeviceFull(HatError):
-    """The device's KV pages cannot hold the session; others must end first."""
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """One decoding step on the device."""
-
-    token_id: int
-    hidden: torch.Tensor | None
-    """Shallow state [1, hidden_size] of the new token; None for a stop token or where none was asked for."""
-
-
-@dataclass
-class _Job:
-    sequence: PagedSequence
-    future: asyncio.Future[Any]
-    ids: list[int] = field(default_factory=list)
-    start: int = 0
-    deep: torch.Tensor | None = None
-    """[1, hidden_size] where the job begins with head and sampling: its token becomes `ids`."""
-    params: SamplingParams = field(default_factory=SamplingParams)
-    stop_ids: frozenset[int] = frozenset()
-    embed_new: bool = True
+_GATHER_S = 0.001
+"""Wait for the other deep states of one cloud pass, which arrive as one message each."""
 
 
 class DeviceModel:
@@ -89,13 +52,16 @@ class DeviceModel:
         self.context_length = context_length
         self.eos_token_ids = eos_token_ids
         self.cache = cache
-        self.shallow_s_per_token = 0.0
-        """Duration of the latest input pass of at least 16 tokens, per token."""
-        self._ends = ends
-        self._runner = runner
-        self._queue: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="hat-device-model", daemon=True)
-        self._thread.start()
+        self._worker = Worker(ends, runner)
+        self.rounds_in_flight = 0
+        """Rounds that this device's sessions have sent and not got back yet (kept by the sessions)."""
+        self._gathered: list[Job] = []
+        self._gather_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def shallow_s_per_token(self) -> float:
+        """Duration of the latest input pass of at least 16 tokens, per token; 0 before there was one."""
+        return self._worker.shallow_s_per_token
 
     @classmethod
     def load(
@@ -148,7 +114,7 @@ class DeviceModel:
             DeviceFull: too few KV pages; the sequence ends at `start` at most.
         """
         future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-        self._queue.put(_Job(sequence, future, list(ids), start))
+        self._worker.submit([Job(sequence, future, list(ids), start)])
         return await future
 
     async def advance(
@@ -160,6 +126,7 @@ class DeviceModel:
         stop_ids: frozenset[int] = frozenset(),
         *,
         embed_new: bool = True,
+        batch_tokens: int = 0,
     ) -> Advanced:
         """Head, sampling, and the shallow state of the new token, in one hop to the worker.
 
@@ -170,17 +137,32 @@ class DeviceModel:
             position: absolute index of the new token.
             stop_ids: tokens that end the text, so that no shallow state is needed.
             embed_new: False for the last token of a text.
+            batch_tokens: rows of the cloud's pass that `deep` comes from. If other rounds of this device may have
+                been in it, they are waited for (1 ms at most): sessions that are batched once stay batched, here
+                and in the cloud.
 
         Raises:
             DeviceFull: too few KV pages. The same call may be repeated: it gives the same token.
         """
         future: asyncio.Future[Advanced] = asyncio.get_running_loop().create_future()
-        self._queue.put(_Job(sequence, future, [], position, deep, params, stop_ids, embed_new))
+        self._gathered.append(Job(sequence, future, [], position, deep, params, stop_ids, embed_new))
+        if len(self._gathered) >= min(batch_tokens, len(self._gathered) + self.rounds_in_flight):
+            self._flush()
+        elif self._gather_timer is None:
+            self._gather_timer = asyncio.get_running_loop().call_later(_GATHER_S, self._flush)
         return await future
+
+    def _flush(self) -> None:
+        if self._gather_timer is not None:
+            self._gather_timer.cancel()
+            self._gather_timer = None
+        gathered, self._gathered = self._gathered, []
+        if gathered:
+            self._worker.submit(gathered)
 
     def release(self, sequence: PagedSequence) -> None:
         """Give back the sequence's pages, after the jobs that are already queued."""
-        self._queue.put(lambda: self.cache.release(sequence))
+        self._worker.call(lambda: self.cache.release(sequence))
 
     async def call(self, function: Callable[[], None]) -> None:
         """Run a function on the worker thread, between passes, and wait for it."""
@@ -189,120 +171,13 @@ class DeviceModel:
         def run() -> None:
             try:
                 function()
-                _deliver([(done, None)])
+                deliver([(done, None)])
             except Exception as error:
-                _deliver([(done, error)])
+                deliver([(done, error)])
 
-        self._queue.put(run)
+        self._worker.call(run)
         await done
 
     async def close(self) -> None:
         """Stop the worker after the jobs that are queued."""
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-    # Everything below runs on the worker thread.
-
-    @torch.inference_mode()
-    def _work(self) -> None:
-        waiting: deque[_Job | Callable[[], None] | None] = deque()
-        while True:
-            if not waiting:
-                waiting.append(self._queue.get())
-            while not self._queue.empty():
-                waiting.append(self._queue.get())
-            jobs: list[_Job] = []
-            while waiting and isinstance(waiting[0], _Job) and self._fits(waiting[0], jobs):
-                job = waiting.popleft()
-                assert isinstance(job, _Job)
-                if not job.future.cancelled():
-                    jobs.append(job)
-            if jobs:
-                self._run_safely(jobs)
-            elif waiting and not isinstance(waiting[0], _Job):
-                function = waiting.popleft()
-                if function is None:
-                    return
-                assert not isinstance(function, _Job)
-                function()
-
-    @staticmethod
-    def _fits(job: _Job, jobs: list[_Job]) -> bool:
-        # A second job of one sequence, left by a cancelled request, needs a pass of its own.
-        return not jobs or (
-            sum(max(1, len(other.ids)) for other in jobs) + len(job.ids) <= _BATCH_TOKENS
-            and all(other.sequence is not job.sequence for other in jobs)
-        )
-
-    def _run_safely(self, jobs: list[_Job]) -> None:
-        try:
-            self._run(jobs)
-        except Exception as error:
-            log.exception("a pass over %d sessions failed on the device", len(jobs))
-            _deliver([(job.future, error) for job in jobs])
-
-    def _run(self, jobs: list[_Job]) -> None:
-        self._sample([job for job in jobs if job.deep is not None])
-        results: dict[int, Any] = {}
-        running: list[_Job] = []
-        for job in jobs:
-            if not job.embed_new:
-                results[id(job)] = Advanced(job.ids[0], None)
-                continue
-            try:
-                self._make_room(job)
-                running.append(job)
-            except OutOfPages as error:
-                results[id(job)] = DeviceFull(
-                    f"the device's KV cache is full: {job.start + len(job.ids)} tokens do not fit ({error}); "
-                    "end other sessions or raise the device's KV tokens"
-                )
-        for job, hidden in zip(running, self._input_pass(running), strict=True):
-            results[id(job)] = hidden if job.deep is None else Advanced(job.ids[0], hidden)
-        _deliver([(job.future, results[id(job)]) for job in jobs])
-
-    def _sample(self, jobs: list[_Job]) -> None:
-        """Head and sampling: fills in `ids`, and clears `embed_new` where a stop token came."""
-        if not jobs:
-            return
-        logits = self._ends.head(torch.cat([job.deep for job in jobs if job.deep is not None]))
-        for job, row in zip(jobs, logits, strict=True):
-            token = sample(row, job.params, job.start)
-            job.ids = [token]
-            job.embed_new = job.embed_new and token not in job.stop_ids
-
-    def _make_room(self, job: _Job) -> None:
-        if job.start < job.sequence.length:
-            self.cache.truncate(job.sequence, job.start)
-        self.cache.reserve(job.sequence, job.start + len(job.ids))
-
-    def _input_pass(self, jobs: list[_Job]) -> list[torch.Tensor]:
-        if not jobs:
-            return []
-        began = time.perf_counter()
-        embedded = self._ends.embed(torch.tensor([token for job in jobs for token in job.ids]))
-        parts: tuple[torch.Tensor, ...] = embedded.split([len(job.ids) for job in jobs])  # type: ignore[no-untyped-call]
-        hidden = self._runner.run(
-            [Segment(job.sequence, job.start, part) for job, part in zip(jobs, parts, strict=True)]
-        )
-        if len(embedded) >= 16:
-            self.shallow_s_per_token = (time.perf_counter() - began) / len(embedded)
-        return hidden
-
-
-def _deliver(results: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    """Hand results (or exceptions) to the event loop: one wake-up for the whole batch."""
-
-    def resolve() -> None:
-        for future, result in results:
-            if future.done():  # its request was cancelled
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-    try:
-        results[0][0].get_loop().call_soon_threadsafe(resolve)
-    except RuntimeError:
-        log.debug("a result came after its event loop was closed")
+        await asyncio.to_thread(self._worker.stop)
