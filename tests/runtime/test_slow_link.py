@@ -1,0 +1,112 @@
+"""The device over a slow link that is cut, stalled and shared."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from hat_runtime.cloud.serve import CloudConfig, running_cloud
+from hat_runtime.device.connect import connect
+from hat_runtime.device.generator import GenerationRequest, Generator, GeneratorConfig
+from hat_runtime.emulation.link import EmulatedLink, emulated_link
+from hat_runtime.emulation.spec import LinkSpec
+from hat_runtime.errors import CloudUnavailable
+
+PROMPT = [7 + 3 * i % 190 for i in range(120)]
+
+
+@asynccontextmanager
+async def over(link: str, model: Path) -> AsyncIterator[tuple[Generator, EmulatedLink]]:
+    config = CloudConfig(model, 2, dtype="float32", kv_bytes=64 << 20, drain_s=0.1)
+    async with running_cloud(config) as cloud:
+        with emulated_link(cloud.address, LinkSpec.parse(link)) as emulated:
+            policy = GeneratorConfig(chunk_tokens=16)
+            generator = await connect(model, emulated.address, "float32", config=policy)
+            try:
+                yield generator, emulated
+            finally:
+                await generator.close()
+            async with asyncio.timeout(10):
+                cache = cloud.engine.runner.cache
+                while cache.free_pages < cache.num_pages:
+                    await asyncio.sleep(0.01)
+
+
+async def ids(generator: Generator, request: GenerationRequest) -> list[int]:
+    return [event.token_id async for event in generator.generate(request)]
+
+
+@pytest.fixture(scope="module")
+async def plain(tiny_llama: Path) -> list[int]:
+    """The answer over loopback."""
+    async with over("1gbit,0ms", tiny_llama) as (generator, _):
+        return await ids(generator, GenerationRequest(PROMPT, 12))
+
+
+async def test_chunks_in_flight_and_what_they_weigh(tiny_llama: Path, plain: list[int]) -> None:
+    async with over("4mbit,40ms", tiny_llama) as (generator, emulated):
+        before = sum(emulated.transferred())
+        request = GenerationRequest(PROMPT, 12)
+        assert await ids(generator, request) == plain
+        stats = request.stats
+        carried = sum(emulated.transferred()) - before
+        counted = stats.uplink_bytes + stats.downlink_bytes
+        assert counted < carried < counted + 8192  # the rest is HTTP/2
+        # Waiting for each of the 8 chunks would take 8 round trips.
+        assert stats.ttft_s < 8 * 0.04
+        assert stats.tbt_s > 0.04
+        estimate = generator.link.estimate
+        assert 0.04 < estimate.rtt_s < 0.4
+
+
+async def test_a_cut_link_ends_the_answer_and_the_next_one_works(tiny_llama: Path, plain: list[int]) -> None:
+    async with over("40mbit,4ms", tiny_llama) as (generator, emulated):
+        request = GenerationRequest(PROMPT, 300)
+        seen = 0
+        events = generator.generate(request)
+        async for _ in events:
+            seen += 1
+            if seen == 5:
+                emulated.cut()
+                break
+        with pytest.raises(CloudUnavailable):
+            _ = [event async for event in events]
+        assert request.stats.finish_reason == "error"
+        assert not generator.link.sessions
+        await generator.model.call(lambda: generator.model.cache.check([]))
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    assert await ids(generator, GenerationRequest(PROMPT, 12)) == plain
+                    break
+                except CloudUnavailable:  # until gRPC has connected again
+                    await asyncio.sleep(0.1)
+
+
+async def test_a_stalled_link_only_delays(tiny_llama: Path, plain: list[int]) -> None:
+    async with over("40mbit,4ms", tiny_llama) as (generator, emulated):
+        got = []
+        async for event in generator.generate(GenerationRequest(PROMPT, 12)):
+            got.append(event.token_id)
+            if len(got) == 3:
+                emulated.stall(0.7)
+        assert got == plain
+
+
+async def test_a_cancelled_upload_leaves_the_link_to_the_next_request(
+    tiny_llama: Path, plain: list[int]
+) -> None:
+    long = [5 + 7 * i % 190 for i in range(480)]
+    async with over("400kbit,10ms", tiny_llama) as (generator, emulated):
+        task = asyncio.create_task(ids(generator, GenerationRequest(long, 5, chunk_tokens=32)))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert not generator.link.sessions
+        emulated.set_link(LinkSpec.parse("40mbit,4ms"))
+        assert await ids(generator, GenerationRequest(PROMPT, 12)) == plain
