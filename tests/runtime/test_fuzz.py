@@ -1,4 +1,4 @@
-"""Random and mutated messages against a live server: whatever comes, the others' sessions stay exact and nothing leaks."""
+"""Random and mutated messages against a live server: the others' sessions stay exact and nothing leaks."""
 
 from __future__ import annotations
 
