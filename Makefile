@@ -9,8 +9,8 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 STAMP := .venv/.hat-synced
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Prompts for the long checks and benchmarks: a folder with the report files (benchmarks/fetch_data.py gets them).
-export HAT_DATA
+# Prompts for the long checks and benchmarks: HAT_DATA names a folder with the report files
+# (benchmarks/fetch_data.py gets them); without it the tests that use them are skipped.
 
 # Options of a target's command, for example: make demo ARGS='--link 10mbit,80ms'
 ARGS ?=
