@@ -55,8 +55,10 @@ def stream_chat(
     return stream(url, "/v1/chat/completions", {"messages": [message]}, max_tokens, chunk_tokens, on_text)
 
 
-def stream_completion(url: str, prompt: str, *, max_tokens: int, chunk_tokens: int | None = None) -> Answer:
-    """Continue a raw text, greedily; see stream_chat."""
+def stream_completion(
+    url: str, prompt: str | list[int], *, max_tokens: int, chunk_tokens: int | None = None
+) -> Answer:
+    """Continue a raw text, or its token ids, greedily; see stream_chat."""
     return stream(url, "/v1/completions", {"prompt": prompt}, max_tokens, chunk_tokens, None)
 
 

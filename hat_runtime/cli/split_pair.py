@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from hat_runtime.emulation.spec import LinkSpec
 from hat_runtime.errors import HatError
 
 INPUT_LAYERS = 3
+_DEATH_S = 0.3
+"""A dying process closes its connections a little before its parent can see that it has ended."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Pair:
                 self.url, question, max_tokens=max_tokens, chunk_tokens=chunk_tokens, on_text=on_text
             )
         except HatError:
+            time.sleep(_DEATH_S)
             for child in (self.cloud, self.device):
                 child.check()
             raise
