@@ -50,7 +50,8 @@ class CloudSession:
         self._wake_writer = asyncio.Event()
         self._answered = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tasks = [asyncio.create_task(self._read_all()), asyncio.create_task(self._write_all())]
+        self._writer = asyncio.create_task(self._write_all())
+        self._reader = asyncio.create_task(self._read_all())
 
     @property
     def unanswered(self) -> int:
@@ -147,8 +148,7 @@ class CloudSession:
     def close(self, error: HatError | None = None) -> None:
         """End the stream; the cloud frees what the session held. Futures that wait get the error."""
         self._end_with(error or CloudUnavailable("the session was closed by this device"))
-        for task in self._tasks:
-            task.cancel()
+        self._reader.cancel()
         self._call.cancel()
 
     # Writing
@@ -156,6 +156,7 @@ class CloudSession:
     async def _write_all(self) -> None:
         # A task of its own, because cancelling a write of grpc.aio cancels the whole stream.
         try:
+            await self._call.wait_for_connection()
             while True:
                 while self._extra or self._unsent:
                     if self._extra:
@@ -165,14 +166,16 @@ class CloudSession:
                         await self._write(message)
                 self._wake_writer.clear()
                 await self._wake_writer.wait()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except (grpc.aio.AioRpcError, grpc.aio.InternalError):
             pass  # the stream has ended: the reader knows why
 
     async def _write(self, message: pb.DeviceMessage) -> None:
-        size = message.ByteSize()
-        self.uplink_bytes += size
-        self.link.metrics.uplink_bytes.inc(size)
-        await self._call.write(message)
+        data = message.SerializeToString()
+        self.uplink_bytes += len(data)
+        self.link.metrics.uplink_bytes.inc(len(data))
+        # Not call.write(): if the cloud ends the stream meanwhile, that replaces the cloud's status by INTERNAL, and
+        # nobody learns that it was full or whether to come back.
+        await self._call._cython_call.send_serialized_message(data)  # type: ignore[attr-defined]
 
     # Reading
 
@@ -280,4 +283,5 @@ class CloudSession:
                 future.exception()  # whoever waits gets it; nobody waiting is no mistake
         self._unanswered.clear()
         self._answered.set()
+        self._writer.cancel()
         self.link.forget(self)

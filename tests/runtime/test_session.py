@@ -255,3 +255,18 @@ async def test_a_draining_cloud_is_noticed(tiny_llama: Path) -> None:
         watching = asyncio.create_task(watch())
     assert await watching
     await link.close()
+
+
+async def test_the_reason_survives_a_write_that_meets_the_end_of_the_stream(tiny_llama: Path) -> None:
+    """grpc.aio hides the cloud's status behind INTERNAL when a write fails; whoever waits must see the real one."""
+    async with linked(tiny_llama) as (link, binding, _):
+        for _ in range(20):
+            session = link.open_session(binding)
+            futures = [session.submit(0, states(3), NONE), session.submit(3, states(2) * float("nan"), NONE)]
+            start = 5
+            while session.alive:
+                futures.append(session.submit(start, states(40), NONE))
+                start = start + 40 if start < 400 else 0
+                await asyncio.sleep(0)
+            with pytest.raises(CloudRefused, match="not finite"):
+                await asyncio.gather(*futures)
