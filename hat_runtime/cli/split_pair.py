@@ -15,6 +15,8 @@ from hat_runtime.emulation.spec import LinkSpec
 from hat_runtime.errors import HatError
 
 INPUT_LAYERS = 3
+READY_S = 180.0
+"""For both processes to load the model; a crowded machine takes its time."""
 _DEATH_S = 0.3
 """A dying process closes its connections a little before its parent can see that it has ended."""
 
@@ -84,7 +86,7 @@ class Pair:
 def running_pair(
     config: PairConfig, children: Children, say: Callable[[str], None] = lambda _: None
 ) -> Iterator[Pair]:
-    """Start cloud, link and device, in this order, and wait until they are ready.
+    """Start link, cloud and device, and wait until they are ready.
 
     Conversations are not kept: every prompt goes up whole, so that answers can be compared.
 
@@ -94,20 +96,18 @@ def running_pair(
     cloud_address, cloud_http, api = free_address(), free_address(), config.listen
     if api.endswith(":0"):
         api = free_address()
+    common = ["--model", str(config.model), "--dtype", config.dtype]
     with contextlib.ExitStack() as stack:
-        say("Starting the cloud ...")
-        command = hat_command("cloud", "serve", "--model", str(config.model), "--dtype", config.dtype)
-        command += ["--input-layers", str(config.input_layers)]
+        link = stack.enter_context(EmulatedLink(cloud_address, config.link)) if config.link else None
+        say("Starting the cloud and the device ...")
+        # Together, because most of the time goes into loading libraries; the device waits for the cloud.
+        command = hat_command("cloud", "serve", *common, "--input-layers", str(config.input_layers))
         command += ["--listen", cloud_address, "--http-listen", cloud_http]
         cloud = children.start("cloud", command, cores=config.cloud_cores)
-        cloud.wait_ready(f"http://{cloud_http}/readyz")
-        link = None
-        if config.link is not None:
-            link = stack.enter_context(EmulatedLink(cloud_address, config.link))
-        say("Starting the device ...")
-        command = hat_command("device", "serve", "--model", str(config.model), "--dtype", config.dtype)
-        command += ["--cloud", link.address if link else cloud_address, "--listen", api]
+        command = hat_command("device", "serve", *common, "--listen", api)
+        command += ["--cloud", link.address if link else cloud_address]
         command += ["--chunk-tokens", str(config.chunk_tokens), "--keep-sessions", "0", "--grace", "1"]
         device = children.start("device", command, cores=config.device_cores)
-        device.wait_ready(f"http://{api}/readyz", tick=cloud.check)
+        cloud.wait_ready(f"http://{cloud_http}/readyz", READY_S, tick=device.check)
+        device.wait_ready(f"http://{api}/readyz", READY_S, tick=cloud.check)
         yield Pair(config, f"http://{api}", f"http://{cloud_http}", link, device, cloud)
