@@ -8,7 +8,8 @@ MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 STAMP := .venv/.hat-synced
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The last one has uv where the machine has none.
+export PATH := $(CURDIR)/$(BIN):$(PATH):$(CURDIR)/.cache/uv-venv/bin
 # Prompts for the long checks and benchmarks: HAT_DATA names a folder with the report files
 # (benchmarks/fetch_data.py gets them); without it the tests that use them are skipped.
 

