@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
 import signal
@@ -20,7 +19,6 @@ from typing import IO
 
 from hat_runtime.errors import HatError
 
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
 _TAIL_LINES = 8
 
@@ -46,14 +44,14 @@ class Child:
         self.name = name
         # Opened for appending: reading must not move where the child writes.
         self._output: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed by stop)
+        allowed = ",".join(map(str, sorted(cores))) if cores is not None else "-"
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "hat_runtime.cli.guarded", str(os.getpid()), allowed, *command],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
             start_new_session=True,  # Ctrl-C is for the parent, which ends its children in order
-            preexec_fn=_before_exec(os.getpid(), cores),
         )
 
     @property
@@ -197,17 +195,3 @@ def exits_on_sigterm() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _before_exec(parent: int, cores: Collection[int] | None) -> Callable[[], None]:
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # even kill -9 of the parent leaves nothing
-            if os.getppid() != parent:
-                os._exit(1)
-        if cores is not None:
-            os.sched_setaffinity(0, cores)
-
-    return prepare
