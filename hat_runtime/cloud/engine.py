@@ -21,12 +21,15 @@ from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want
 from hat_runtime.control.cost import LinearCost
+from hat_runtime.control.holding import worth_waiting_s
 from hat_runtime.model.runner import LayerRunner, Segment
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
 """Longest wait for something to do before idle sessions are looked at."""
+RETURN_MARGIN = 1.25
+"""A session is due this many times its usual time away after its answer."""
 PAGE_WAIT_S = 0.05
 """Longest wait before queued Steps look for pages again."""
 
@@ -64,6 +67,7 @@ class Engine:
         self._events: list[tuple[Session, Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
+        self._short_pass_s = 0.0  # duration of the latest pass without prompt chunks
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
         self.cost = LinearCost()
         """What a pass costs, as seen lately."""
@@ -130,9 +134,10 @@ class Engine:
             while self._take_commands():
                 self._reap_idle()
                 passes, forward_s = self._step()
+                total_s = time.perf_counter() - self._round_began
                 self._flush()
                 if passes:
-                    self._observe(passes, forward_s, time.perf_counter() - self._round_began)
+                    self._observe(passes, forward_s, total_s)
         except BaseException as error:
             self.failed = error
             log.exception("the engine's thread ended")
@@ -159,7 +164,34 @@ class Engine:
                 command()
                 command = self._inbox.get_nowait()
         except queue.Empty:
-            return True
+            return self._hold()
+
+    def _hold(self) -> bool:
+        """Wait for sessions that are about to return, where that pays. False: stop."""
+        while (wait_s := self._worth_waiting_s()) > 0:
+            try:
+                command = self._inbox.get(timeout=wait_s)
+            except queue.Empty:
+                break
+            finally:
+                self._round_began = time.perf_counter()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _worth_waiting_s(self) -> float:
+        queued = [session for session in self._sessions.values() if session.queue]
+        short = self._config.scheduler.short_tokens
+        if not queued or any(session.queue[0].left > short for session in queued):
+            return 0.0  # a prompt chunk is there to fill the time
+        now = self._clock()
+        due_s = (
+            session.answered + RETURN_MARGIN * session.away_s - now
+            for session in self._sessions.values()
+            if session.answered and session.away_s is not None
+        )
+        return worth_waiting_s(len(queued), due_s, self._short_pass_s)
 
     def _open(self, session: Session) -> None:
         session.last_active = self._clock()
@@ -170,6 +202,7 @@ class Engine:
         if session.id not in self._sessions:
             return
         session.last_active = self._clock()
+        session.note_return(work.arrived)
         session.epoch = max(session.epoch, work.epoch)
         session.queue.append(work)
 
@@ -299,6 +332,8 @@ class Engine:
             if work.left:
                 return
             session.queue.popleft()
+            if work.want is not Want.NONE:
+                session.answered = self._clock()
             answer = torch.cat(work.outputs) if work.outputs else None
             if answer is not None:
                 if not torch.isfinite(answer).all():
@@ -316,6 +351,8 @@ class Engine:
         tokens = sum(planned.rows for planned in passes)
         short = self._config.scheduler.short_tokens
         self.cost.observe(tokens, total_s)
+        if all(planned.rows <= short for planned in passes):
+            self._short_pass_s = forward_s
         self._metrics.forward_seconds.inc(forward_s)
         self._metrics.engine_seconds.inc(total_s)
         self._metrics.step_seconds.observe(total_s)

@@ -28,6 +28,7 @@ from hat_runtime.model.manifest import identity
 from hat_runtime.model.runner import LayerRunner, make_cache
 from hat_runtime.model.split import cloud_layers
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         return state["why"]
 
     async with serving(make_admin_app(metrics.registry, why_not_ready), http_socket) as admin_url:
-        loaded = await asyncio.to_thread(_load, config)
+        loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine = Engine(loaded.runner, config.engine, metrics, asyncio.get_running_loop())
         served = Served(loaded.identity, limits, config.engine.scheduler.idle_after_s)

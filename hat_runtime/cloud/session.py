@@ -101,8 +101,19 @@ class Session:
     evictions: int = 0
     starved: bool = False
     """Waited for pages in the last pass, so it goes first in the next."""
+    answered: float = 0.0
+    """Monotonic seconds of the latest answer with deep states."""
+    away_s: float | None = None
+    """From an answer to the device's next Step, moving average; None before the first."""
     last_active: float = 0.0
     """Monotonic seconds of the last arrival or answer."""
+
+    def note_return(self, now: float) -> None:
+        """A Step has arrived: learn how long the device takes from an answer to the next Step."""
+        if self.answered and not self.queue:
+            away_s = now - self.answered
+            self.away_s = away_s if self.away_s is None else 0.8 * self.away_s + 0.2 * away_s
+            self.answered = 0.0
 
     @property
     def committed(self) -> int:

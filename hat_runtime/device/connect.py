@@ -13,6 +13,7 @@ from hat_runtime.device.link import CloudLink
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.submodels import DeviceModel
 from hat_runtime.model.manifest import identity
+from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire.codec import DTYPES
 
 
@@ -50,7 +51,7 @@ async def connect(
         description = await link.describe()
         manifest = await asyncio.to_thread(identity, folder)
         binding = bind(manifest, folder, description, compute, cloud)
-        model = await asyncio.to_thread(
+        model = await in_passing_thread(
             DeviceModel.load,
             folder,
             binding.layers.lo,

@@ -172,6 +172,39 @@ async def test_a_wrong_step_ends_its_own_stream_only(
             torch.testing.assert_close(states(await session.result()), deep[40:41], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "code", "text"),
+    [
+        pytest.param({"start_pos": 8, "payload": NAN}, INVALID, "not finite", id="nan"),
+        pytest.param(
+            {"start_pos": 8, "n": 377, "payload": bytes(377 * 256)},
+            grpc.StatusCode.OUT_OF_RANGE,
+            "beyond the session's 384",
+            id="beyond the session",
+        ),
+    ],
+)
+async def test_a_wrong_step_right_behind_a_good_one_is_found_too(
+    cloud: RunningCloud, local: LocalSplit, wrong: dict[str, Any], code: grpc.StatusCode, text: str
+) -> None:
+    """Adjacent Steps of a session run in one pass; a wrong one must not slip in with the one before it."""
+    shallow = local.shallow(TEXT)
+    blocker = asyncio.Event()
+    cloud.engine._inbox.put(lambda: asyncio.run(_wait(blocker)))
+    async with channel_to(cloud) as stub:
+        session = await open_session(stub, cloud)
+        await session.step(0, shallow[:8], pb.WANT_LAST)
+        await session.send(_step(want=pb.WANT_NONE, **wrong))
+        await asyncio.sleep(0.1)
+        blocker.set()
+        torch.testing.assert_close(
+            states(await session.result()), local.deep(shallow)[7:8], atol=1e-4, rtol=1e-4
+        )
+        ended, details = await session.end()
+        assert ended is code
+        assert text in details
+
+
 MISMATCHES = {
     "revision": ({"model_revision": "0" * 64}, PRECONDITION, "model_revision"),
     "layers": ({"lo": 3}, PRECONDITION, "layers '3:6' of the device is not the cloud's '2:6'"),

@@ -67,6 +67,16 @@ def test_prompts_take_turns_by_arrival() -> None:
     assert list(rows(bench.plan()).items()) == [("s0", 30), ("s1", 2)]
 
 
+def test_a_step_that_the_engine_will_refuse_does_not_ride_along() -> None:
+    bench = Bench(num_pages=1200)
+    broken, long = bench.session(4), bench.session(990)
+    for session in (broken, long):
+        bench.queue(session, 2)
+        bench.queue(session, 9)
+    broken.queue[1].hidden[3] = float("nan")  # the limit of a session here is 1,000 tokens
+    assert rows(bench.plan()) == {"s0": 2, "s1": 2}
+
+
 def test_adjacent_steps_run_as_one_segment_but_not_across_epochs_or_gaps() -> None:
     bench = Bench()
     adjacent, gap, epochs = (bench.session(4) for _ in range(3))
