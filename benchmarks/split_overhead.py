@@ -4,8 +4,9 @@
     python benchmarks/split_overhead.py --short    eight prompts, to see that it works; writes nothing
 
 Device and cloud are two processes on loopback and may use the whole machine, as may the reference. The plain U-shape:
-no drafts, no chunks, every token makes a round trip. Prompts are Spec-Bench questions from $HAT_DATA. Runs of the
-reference and of one and eight sessions take turns.
+no drafts, no chunks, every token makes a round trip; both give their
+answers whole, not streamed. Prompts are Spec-Bench questions from $HAT_DATA. Runs of the reference and of one and
+eight sessions take turns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from common import (
 from local_generate import Local, local_model
 from split_report import MOST_PROMPT_TOKENS, SESSIONS, Engine, Results, about, as_json, body, plot
 
-from hat_runtime.cli.completions import Answer, stream_completion
+from hat_runtime.cli.completions import Answer, whole_completion
 from hat_runtime.cli.limit_parts import bare_layers
 from hat_runtime.cli.options import add_dtype
 from hat_runtime.cli.processes import Children, exits_on_sigterm
@@ -108,7 +109,7 @@ def _measure(
     new = args.new_tokens
 
     def ask(ids: list[int]) -> Answer:
-        return stream_completion(pair.url, ids, max_tokens=new, chunk_tokens=0)
+        return whole_completion(pair.url, ids, max_tokens=new, chunk_tokens=0)
 
     ask(candidates[0])  # not counted
     local.generate(candidates[0], new)

@@ -62,6 +62,34 @@ def stream_completion(
     return stream(url, "/v1/completions", {"prompt": prompt}, max_tokens, chunk_tokens, None)
 
 
+def whole_completion(
+    url: str, prompt: list[int], *, max_tokens: int, chunk_tokens: int | None = None
+) -> Answer:
+    """Continue token ids greedily, and get the whole answer at once.
+
+    Raises:
+        HatError: the device refuses, or goes away.
+    """
+    body = {"model": model_name(url), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    if chunk_tokens is not None:
+        body["hat_chunk_tokens"] = chunk_tokens
+    connection = _connect(url)
+    start = time.monotonic()
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        reply = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise HatError(f"the device went away: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise HatError(f"the device refused: {_message(reply)}")
+    answer = json.loads(reply)
+    choice = answer["choices"][0]
+    return Answer(choice["text"], choice["finish_reason"], time.monotonic() - start, answer["usage"])
+
+
 def stream(
     url: str,
     path: str,

@@ -150,8 +150,7 @@ class Engine:
     def _take_commands(self) -> bool:
         """Apply what is in the inbox; wait for something if there is no work. False: stop."""
         queued = any(session.queue for session in self._sessions.values())
-        if not queued:
-            self.check_integrity()
+        waited_from = time.perf_counter()
         try:
             try:
                 timeout = PAGE_WAIT_S if queued else IDLE_WAIT_S
@@ -164,6 +163,8 @@ class Engine:
                 command()
                 command = self._inbox.get_nowait()
         except queue.Empty:
+            if not queued and time.perf_counter() - waited_from >= IDLE_WAIT_S:
+                self.check_integrity()  # not between the rounds of an answer: it would be in their way
             return self._hold()
 
     def _hold(self) -> bool:

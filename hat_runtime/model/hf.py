@@ -50,8 +50,9 @@ def _paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature over the paged cache; query, key and value are [1, heads, T, head_dim]."""
     layer: int = module.layer_idx  # type: ignore[assignment]
-    hat.cache.keys[layer].index_copy_(0, hat.new_slots, key[0].transpose(0, 1))
-    hat.cache.values[layer].index_copy_(0, hat.new_slots, value[0].transpose(0, 1))
+    keys, values = hat.cache.layers[layer]
+    keys.index_copy_(0, hat.new_slots, key[0].transpose(0, 1))
+    values.index_copy_(0, hat.new_slots, value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return hat.backend.attend(layer, query[0], hat, scale=scale, window=sliding_window)[None], None
 

@@ -55,6 +55,8 @@ class KvCache:
         shape = (layers, num_pages * page_tokens, kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
+        """(keys, values) of each layer."""
         self._free: deque[int] = deque(range(num_pages))
 
     @property

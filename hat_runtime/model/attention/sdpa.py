@@ -63,9 +63,11 @@ class SdpaAttention(AttentionBackend):
         self, layer: int, query: torch.Tensor, batch: AttentionBatch, *, scale: float, window: int | None
     ) -> torch.Tensor:
         """See AttentionBackend.attend."""
-        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+        keys, values = batch.cache.layers[layer]
         heads, tokens, head_dim = query.shape
         plan: _Plan = batch.plan
+        if len(batch.spans) == 1:  # one session alone: no buffer to gather into
+            return self._attend_span(plan, batch.spans[0], query, keys, values, scale, window)
         out = query.new_empty(tokens, heads, head_dim)
         if (decoding := plan.decoding) is not None:
             attended = F.scaled_dot_product_attention(
@@ -78,19 +80,32 @@ class SdpaAttention(AttentionBackend):
             )
             out[decoding.rows] = attended.squeeze(2)
         for span in plan.others:
-            oldest = 0 if window is None else max(0, span.start - window + 1)
-            slots = span.slots[oldest:]
             rows = slice(span.first, span.first + span.count)
-            attended = F.scaled_dot_product_attention(
-                query[None, :, rows],
-                keys.index_select(0, slots).transpose(0, 1)[None],
-                values.index_select(0, slots).transpose(0, 1)[None],
-                attn_mask=_span_mask(plan, span, oldest, window, query),
-                scale=scale,
-                enable_gqa=True,
-            )
-            out[rows] = attended[0].transpose(0, 1)
+            out[rows] = self._attend_span(plan, span, query[:, rows], keys, values, scale, window)
         return out
+
+    @staticmethod
+    def _attend_span(
+        plan: _Plan,
+        span: Span,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """One sequence: query [heads, count, head_dim] -> [count, heads, head_dim]."""
+        oldest = 0 if window is None else max(0, span.start - window + 1)
+        slots = span.slots[oldest:] if oldest else span.slots
+        attended = F.scaled_dot_product_attention(
+            query[None],
+            keys.index_select(0, slots).transpose(0, 1)[None],
+            values.index_select(0, slots).transpose(0, 1)[None],
+            attn_mask=_span_mask(plan, span, oldest, window, query),
+            scale=scale,
+            enable_gqa=True,
+        )
+        return attended[0].transpose(0, 1)
 
 
 def _decoding_mask(plan: _Plan, decoding: _Decoding, window: int | None, query: torch.Tensor) -> torch.Tensor:
