@@ -19,7 +19,7 @@ import torch
 
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
-from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want
+from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want, violation
 from hat_runtime.control.cost import LinearCost
 from hat_runtime.control.holding import worth_waiting_s
 from hat_runtime.model.runner import LayerRunner, Segment
@@ -247,30 +247,14 @@ class Engine:
                 continue
             if work.done:
                 return
-            if (violation := self._violation(session, work)) is not None:
-                self._fail(session, violation)
+            if (wrong := violation(session, work, session.committed)) is not None:
+                self._fail(session, wrong)
                 return
             session.lost_pages = False
             if work.start_pos < session.committed:
                 self._metrics.truncated.inc(session.committed - work.start_pos)
                 self.runner.cache.truncate(session.sequence, work.start_pos)
             return
-
-    @staticmethod
-    def _violation(session: Session, work: StepWork) -> Failed | None:
-        if work.start_pos > session.committed:
-            return Failed(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"Step.start_pos={work.start_pos} jumps forward: {session.committed} tokens are committed",
-            )
-        if work.start_pos + work.n > session.max_tokens:
-            return Failed(
-                grpc.StatusCode.OUT_OF_RANGE,
-                f"Step.start_pos={work.start_pos} + n={work.n} is beyond the session's {session.max_tokens} tokens",
-            )
-        if not torch.isfinite(work.hidden).all():
-            return Failed(grpc.StatusCode.INVALID_ARGUMENT, "Step.payload holds a value that is not finite")
-        return None
 
     def _apply_evictions(self, plan: Plan) -> None:
         for session in plan.evicted:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
-
-from hat_runtime.cloud.session import Session, StepWork
+from hat_runtime.cloud.session import Session, StepWork, violation
 from hat_runtime.model.pages import KvCache
 
 
@@ -112,7 +110,7 @@ class Scheduler:
         for work in session.queue:
             if budget == 0 or work.position != end or work.epoch != session.queue[0].epoch:
                 break
-            if planned.pieces and not _sound(session, work):
+            if planned.pieces and violation(session, work, end) is not None:
                 break  # the engine refuses it when it is the head: what came before it is answered first
             rows = min(work.left, budget)
             planned.pieces.append(Piece(work, work.done, work.done + rows))
@@ -156,8 +154,3 @@ class Scheduler:
     @staticmethod
     def _is_idle(session: Session, limit: float) -> bool:
         return not session.queue and session.last_active <= limit
-
-
-def _sound(session: Session, work: StepWork) -> bool:
-    """Whether a Step that follows another may run with it: inside the session's limit, and all values finite."""
-    return work.start_pos + work.n <= session.max_tokens and bool(torch.isfinite(work.hidden).all())

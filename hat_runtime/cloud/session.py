@@ -119,3 +119,20 @@ class Session:
     def committed(self) -> int:
         """Tokens in the KV cache."""
         return self.sequence.length
+
+
+def violation(session: Session, work: StepWork, committed: int) -> Failed | None:
+    """What is wrong with a Step that would run when the session has `committed` tokens; None if nothing is."""
+    if work.start_pos > committed:
+        return Failed(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"Step.start_pos={work.start_pos} jumps forward: {committed} tokens are committed",
+        )
+    if work.start_pos + work.n > session.max_tokens:
+        return Failed(
+            grpc.StatusCode.OUT_OF_RANGE,
+            f"Step.start_pos={work.start_pos} + n={work.n} is beyond the session's {session.max_tokens} tokens",
+        )
+    if not torch.isfinite(work.hidden).all():
+        return Failed(grpc.StatusCode.INVALID_ARGUMENT, "Step.payload holds a value that is not finite")
+    return None
