@@ -149,7 +149,7 @@ def _together(ask: Callable[[list[int]], Answer], prompts: list[list[int]]) -> f
     def one(ids: list[int]) -> None:
         start = time.monotonic()
         answer = ask(ids)
-        spans.append((start + answer.ttft_s, time.monotonic(), answer.usage["completion_tokens"]))
+        spans.append((start + answer.figures["ttft_s"], time.monotonic(), answer.usage["completion_tokens"]))
 
     threads = [threading.Thread(target=one, args=(ids,)) for ids in prompts]
     for thread in threads:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from hat_runtime.errors import ModelError
 from hat_runtime.model.attention import AttentionBatch
+from hat_runtime.model.packed import can_pack, pack_linears
 from hat_runtime.model.split import LayerRange
 from hat_runtime.model.weights import EMBED, HEAD, NORM, TensorIndex, layer_of
 
@@ -75,10 +76,12 @@ class DecoderSlice:
         parameter = next(model.layers.parameters())  # type: ignore[union-attr]
         self.dtype: torch.dtype = parameter.dtype
         self.device: torch.device = parameter.device
-
-    @property
-    def parameter_names(self) -> set[str]:
+        self.parameter_names = self._parameter_names()
         """Names of the layers' parameters as the whole model calls them."""
+        if can_pack(self.dtype, self.device):
+            pack_linears(model)
+
+    def _parameter_names(self) -> set[str]:
         names = set()
         for name, _ in self._model.named_parameters():
             if (local := layer_of(f"model.{name}")) is not None:

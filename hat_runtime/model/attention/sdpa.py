@@ -1,7 +1,7 @@
 """Attention by torch's scaled_dot_product_attention: right on any device, the reference for other backends.
 
-Masks are explicit: SDPA's is_causal aligns the mask top-left, which is wrong as soon as a sequence has cached tokens
-and more than one new one.
+Masks are explicit except for a sequence's first tokens: SDPA's is_causal aligns the mask top-left, which is wrong as
+soon as a sequence has cached tokens and more than one new one.
 """
 
 from __future__ import annotations
@@ -97,11 +97,13 @@ class SdpaAttention(AttentionBackend):
         """One sequence: query [heads, count, head_dim] -> [count, heads, head_dim]."""
         oldest = 0 if window is None else max(0, span.start - window + 1)
         slots = span.slots[oldest:] if oldest else span.slots
+        plain = span.start == 0 and span.count > 1 and (window is None or window >= span.count)
         attended = F.scaled_dot_product_attention(
             query[None],
             keys.index_select(0, slots).transpose(0, 1)[None],
             values.index_select(0, slots).transpose(0, 1)[None],
-            attn_mask=_span_mask(plan, span, oldest, window, query),
+            attn_mask=None if plain else _span_mask(plan, span, oldest, window, query),
+            is_causal=plain,
             scale=scale,
             enable_gqa=True,
         )
