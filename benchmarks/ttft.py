@@ -231,7 +231,8 @@ run.
 
 The limit is R + max(S h/B + t_c0, S beta, S s + h/B + t_c0) + h/B + t_h with chunks of any size, and
 S s + S h/B + R + S beta + h/B + t_h without (hat_runtime/control/limits.py). Its parts are bare transformers layers on
-the same cores, before and after the run (the faster counts), and raw sockets through the same emulated link.
+the same cores, before and after the run (the faster counts), and raw sockets through the same emulated link. It counts
+nothing for cutting the prompt into passes; docs/decisions/0007 tells what that costs.
 """
 
 

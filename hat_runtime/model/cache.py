@@ -20,6 +20,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hat"
 
 
+def models_dir() -> Path:
+    """Where prepared models lie. The number goes up when a converter writes something else from the same source."""
+    return cache_dir() / "models-2"
+
+
 @contextmanager
 def lock(target: Path) -> Iterator[None]:
     """Let one process at a time write `target`; the others wait.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hat_runtime.errors import ModelError, UsageError
 from hat_runtime.model import default_model
-from hat_runtime.model.cache import cache_dir, lock
+from hat_runtime.model.cache import lock, models_dir
 from hat_runtime.model.gguf import open_gguf
 from hat_runtime.model.hub import open_hub
 from hat_runtime.model.ids import (
@@ -111,7 +111,7 @@ def span_of(part: Part, input_layers: int, num_layers: int) -> PartSpan:
 
 
 def _prepare_default(dtype: str, progress: Progress | None) -> Path:
-    target = cache_dir() / "models" / f"{default_model.NAME}-{dtype}"
+    target = models_dir() / f"{default_model.NAME}-{dtype}"
     with lock(target):
         if target.exists():
             try:
@@ -156,7 +156,7 @@ def _cached_folder(kind: Kind, source: str, part: Part, input_layers: int | None
         name += f"-{dtype}"
     if part != "all":
         name += f"-{part}-m{input_layers}"
-    return cache_dir() / "models" / name
+    return models_dir() / name
 
 
 def _identity_of(
@@ -187,7 +187,7 @@ def _write(target: Path, opened: Opened, span: PartSpan, shard_bytes: int, progr
     names = _needed(opened, span)
     shards = plan_shards((opened.tensors[name] for name in names), shard_bytes)
     check_space(target, sum(tensor.nbytes for shard in shards for tensor in shard) + _SIDE_BYTES)
-    with new_folder(target, owned=target.parent == cache_dir() / "models") as folder:
+    with new_folder(target, owned=target.parent == models_dir()) as folder:
         written = write_shards(folder, shards, progress, f"writing {target.name}")
         files = dict(written.files)
         _compare(opened, written)

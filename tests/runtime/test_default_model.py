@@ -73,7 +73,7 @@ def test_a_damaged_cache_is_found_and_mended(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is made again from the source, and nothing of the fetch is left."""
-    copy = tmp_path / "models" / folder.name
+    copy = tmp_path / "models-2" / folder.name
     shutil.copytree(folder, copy)
     path = copy / "chat_template.jinja"
     path.write_text("nonsense")
@@ -82,4 +82,4 @@ def test_a_damaged_cache_is_found_and_mended(
     manifest = verify_files(copy, deep=True)
     assert manifest.files["chat_template.jinja"] == Manifest.load(folder).files["chat_template.jinja"]
     assert manifest.weights_id == Manifest.load(folder).weights_id
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["locks", "models"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["locks", "models-2"]

@@ -137,7 +137,7 @@ def test_second_call_keeps_a_sound_folder_and_mends_a_damaged_one(model: Path, t
 
 def test_a_cached_folder_that_lost_its_manifest_is_prepared_again(model: Path, cache: Path) -> None:
     out = prepare(str(model))
-    assert out.parent == cache / "models"
+    assert out.parent == cache / "models-2"
     (out / MANIFEST_FILE).unlink()
     assert prepare(str(model)) == out
     verify_files(out, deep=True)
