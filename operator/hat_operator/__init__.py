@@ -1,0 +1,1 @@
+"""HAT's Kubernetes operator: HatDeployments become pods on the cloud's and the devices' side."""

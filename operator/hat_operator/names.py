@@ -1,0 +1,130 @@
+"""Names, labels and ports of what a HatDeployment consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from hat_operator.settings import Settings
+from hat_operator.spec import HatDeployment
+
+GROUP = "hat.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "HatDeployment"
+PLURAL = "hatdeployments"
+FIELD_MANAGER = "hat-operator"
+FINALIZER = f"{GROUP}/edge-cleanup"
+"""Only on a HatDeployment whose devices are in another cluster: owner references do not reach there."""
+
+LABEL_DEPLOYMENT = f"{GROUP}/deployment"
+LABEL_NAMESPACE = f"{GROUP}/namespace"
+LABEL_REVISION = f"{GROUP}/revision"
+LABEL_L4T = f"{GROUP}/l4t"
+LABEL_COMPONENT = "app.kubernetes.io/component"
+LABEL_ARCH = "kubernetes.io/arch"
+CLOUD = "cloud"
+EDGE = "edge"
+
+GRPC_PORT = 7070
+ADMIN_PORT = 7071
+DEVICE_PORT = 8000
+
+
+def labels(hat: HatDeployment, component: str) -> dict[str, str]:
+    """Labels of every object of one side."""
+    return {
+        "app.kubernetes.io/name": "hat",
+        "app.kubernetes.io/managed-by": FIELD_MANAGER,
+        LABEL_COMPONENT: component,
+        LABEL_DEPLOYMENT: hat.name,
+        LABEL_NAMESPACE: hat.namespace,
+    }
+
+
+def selector(hat: HatDeployment, component: str, revision: str | None = None) -> dict[str, str]:
+    """Labels that pick the pods of one side, of one revision if given."""
+    found = {
+        LABEL_COMPONENT: component,
+        LABEL_DEPLOYMENT: hat.name,
+        LABEL_NAMESPACE: hat.namespace,
+    }
+    return found if revision is None else {**found, LABEL_REVISION: revision}
+
+
+def children_selector(hat: HatDeployment) -> str:
+    """Label selector, as text, of every object that the operator made for this HatDeployment."""
+    return (
+        f"app.kubernetes.io/managed-by={FIELD_MANAGER},"
+        f"{LABEL_DEPLOYMENT}={hat.name},{LABEL_NAMESPACE}={hat.namespace}"
+    )
+
+
+def runtime_version(hat: HatDeployment, settings: Settings) -> str:
+    """Tag of the images that should run."""
+    return hat.spec.version or settings.version
+
+
+def revision(hat: HatDeployment, settings: Settings) -> str:
+    """8 hex digits over everything that device and cloud must agree on.
+
+    A change of it rolls the cloud blue/green; a change of anything else updates the pods in place.
+    """
+    model = hat.spec.model
+    agreed = {
+        "source": model.hub or (model.claim and [model.claim.name, model.claim.path]),
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "inputLayers": hat.spec.input_layers,
+        "version": runtime_version(hat, settings),
+        "image": hat.spec.cloud.image,
+    }
+    return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def cloud(hat: HatDeployment) -> str:
+    """Service, PDB, NetworkPolicy, ServiceAccount and PodMonitor of the cloud's side."""
+    return f"{hat.name}-cloud"
+
+
+def cloud_deployment(hat: HatDeployment, revision: str) -> str:
+    """Deployment of one revision."""
+    return f"{hat.name}-cloud-{revision}"
+
+
+def edge(hat: HatDeployment) -> str:
+    """Service, NetworkPolicy, ServiceAccount and PodMonitor of the devices' side."""
+    return f"{hat.name}-edge"
+
+
+def edge_daemonset(hat: HatDeployment, image: str) -> str:
+    """DaemonSet of one kind of device; `image` is its name in edge.images, or "cpu" without any."""
+    return f"{hat.name}-edge-{image}"
+
+
+def edge_namespace(hat: HatDeployment) -> str:
+    """Namespace of the devices' objects."""
+    edge = hat.spec.edge
+    return hat.namespace if edge is None or edge.cluster is None else edge.cluster.namespace
+
+
+def host_port(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def fixed_endpoint(hat: HatDeployment) -> str | None:
+    """HOST:PORT that devices dial as far as the spec says it.
+
+    None: only the live Service knows it (a load balancer's address, or a node port of Kubernetes' choice).
+    """
+    expose = hat.spec.cloud.expose
+    edge = hat.spec.edge
+    if expose.type == "NodePort" and expose.host:
+        return host_port(expose.host, expose.node_port) if expose.node_port else None
+    if expose.host:
+        return host_port(expose.host, expose.port)
+    local = edge is not None and edge.cluster is None
+    if expose.type == "ClusterIP" or local:
+        return host_port(f"{cloud(hat)}.{hat.namespace}.svc", expose.port)
+    return None

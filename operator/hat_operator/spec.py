@@ -1,0 +1,299 @@
+"""A HatDeployment as the API server hands it out, with all defaults, in frozen dataclasses.
+
+The fields' meaning is in the CRD (crds/hat.dev_hatdeployments.yaml) and only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hat_operator.fields import Fields, SpecError
+
+__all__ = ["HatDeployment", "SpecError"]
+
+Quantities = Mapping[str, str | int]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder inside a PersistentVolumeClaim."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class SecretKey:
+    """One key of a Secret."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model; exactly one of hub and claim is set."""
+
+    hub: str | None
+    claim: Claim | None
+    token: SecretKey | None
+    revision: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Quantities as they were written."""
+
+    requests: Quantities
+    limits: Quantities
+
+
+@dataclass(frozen=True)
+class Template:
+    """How pods are scheduled and marked."""
+
+    node_selector: Mapping[str, str]
+    tolerations: tuple[Mapping[str, Any], ...]
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+    priority_class: str
+
+
+@dataclass(frozen=True)
+class Expose:
+    """How devices reach the cloud; host "" and node_port 0 mean that the cluster decides."""
+
+    type: str
+    host: str
+    port: int
+    node_port: int
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The replicas with the middle layers."""
+
+    replicas: int
+    gpus: int
+    resources: Resources
+    max_sessions: int
+    image: str
+    expose: Expose
+    template: Template
+
+
+@dataclass(frozen=True)
+class ClusterRef:
+    """The devices' own cluster; context "" is the kubeconfig's current one."""
+
+    kubeconfig: SecretKey
+    context: str
+    namespace: str
+
+
+@dataclass(frozen=True)
+class EdgeImage:
+    """One kind of device; l4t and image may be ""."""
+
+    name: str
+    l4t: str
+    arch: str
+    image: str
+
+
+@dataclass(frozen=True)
+class Api:
+    """The API that each device serves; host_port 0 is none."""
+
+    port: int
+    host_port: int
+    model_name: str
+    keys: SecretKey | None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The devices' side."""
+
+    cluster: ClusterRef | None
+    match_labels: Mapping[str, str]
+    images: tuple[EdgeImage, ...]
+    runtime_class: str
+    accelerator: str
+    resources: Resources
+    api: Api
+    weights: Claim | None
+    template: Template
+    deletion_timeout_s: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is wanted."""
+
+    mode: str
+    suspend: bool
+    model: Model
+    input_layers: int
+    version: str
+    """runtime.version; "" until the operator wrote its own there."""
+    cloud: Cloud
+    edge: Edge | None
+    chunk_tokens: int
+    pull_secrets: tuple[str, ...]
+    network_policies: bool
+    log_level: str
+    pod_monitor: str
+
+
+@dataclass(frozen=True)
+class HatDeployment:
+    """One object of the API."""
+
+    name: str
+    namespace: str
+    uid: str
+    """"" for one that no cluster knows."""
+    generation: int
+    deleting: bool
+    finalizers: tuple[str, ...]
+    spec: Spec
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> HatDeployment:
+        """Read a defaulted object.
+
+        Raises:
+            SpecError: a field is missing, has the wrong type, or contradicts another.
+        """
+        root = Fields(body, "")
+        meta = root.sub("metadata")
+        return cls(
+            name=meta.text("name"),
+            namespace=meta.text("namespace", "default"),
+            uid=meta.text("uid", ""),
+            generation=meta.number("generation", 0),
+            deleting=meta.has("deletionTimestamp"),
+            finalizers=tuple(meta.texts("finalizers")),
+            spec=_spec(root.sub("spec")),
+        )
+
+
+def _spec(spec: Fields) -> Spec:
+    edge = spec.optional("edge")
+    parsed = Spec(
+        mode=spec.text("mode"),
+        suspend=spec.flag("suspend"),
+        model=_model(spec.sub("model")),
+        input_layers=spec.sub("split").number("inputLayers"),
+        version=spec.sub("runtime").text("version"),
+        cloud=_cloud(spec.sub("cloud")),
+        edge=None if edge is None else _edge(edge),
+        chunk_tokens=spec.sub("chunking").number("tokens"),
+        pull_secrets=tuple(item.text("name") for item in spec.items("imagePullSecrets")),
+        network_policies=spec.sub("security").flag("networkPolicies"),
+        log_level=spec.sub("observability").text("logLevel"),
+        pod_monitor=spec.sub("observability").text("podMonitor"),
+    )
+    if parsed.model.claim is not None and edge is not None and parsed.edge and parsed.edge.weights is None:
+        reason = "model.source.claim exists only in the cloud's namespace; name the edge side's claim"
+        raise SpecError("spec.edge.weights", None, reason)
+    return parsed
+
+
+def _model(model: Fields) -> Model:
+    source = model.sub("source")
+    hub = source.text("hub", "")
+    claim = source.optional("claim")
+    if bool(hub) == (claim is not None):
+        raise SpecError("spec.model.source", dict(source.value), "write exactly one of hub and claim")
+    return Model(
+        hub=hub or None,
+        claim=None if claim is None else _claim(claim),
+        token=_secret(model.optional("tokenSecretRef")),
+        revision=model.text("revision"),
+        dtype=model.text("dtype"),
+    )
+
+
+def _cloud(cloud: Fields) -> Cloud:
+    expose = cloud.sub("expose")
+    return Cloud(
+        replicas=cloud.number("replicas"),
+        gpus=cloud.sub("accelerator").number("count"),
+        resources=_resources(cloud.optional("resources")),
+        max_sessions=cloud.number("maxSessions"),
+        image=cloud.text("image"),
+        expose=Expose(
+            expose.text("type"), expose.text("host"), expose.number("port"), expose.number("nodePort")
+        ),
+        template=_template(cloud.sub("template")),
+    )
+
+
+def _edge(edge: Fields) -> Edge:
+    images = tuple(
+        EdgeImage(item.text("name"), item.text("l4t"), item.text("arch"), item.text("image"))
+        for item in edge.items("images")
+    )
+    for index, image in enumerate(images):
+        if any((other.arch, other.l4t) == (image.arch, image.l4t) for other in images[:index]):
+            reason = "another image is for the same arch and l4t; a device would run both"
+            raise SpecError(f"spec.edge.images[{index}]", image.name, reason)
+    api = edge.sub("api")
+    weights = edge.optional("weights")
+    return Edge(
+        cluster=_cluster(edge.optional("clusterRef")),
+        match_labels=edge.sub("deviceSelector").labels("matchLabels"),
+        images=images,
+        runtime_class=edge.text("runtimeClassName"),
+        accelerator=edge.sub("accelerator").text("type"),
+        resources=_resources(edge.optional("resources")),
+        api=Api(
+            port=api.number("port"),
+            host_port=api.number("hostPort"),
+            model_name=api.text("modelName"),
+            keys=_secret(api.optional("keySecretRef")),
+        ),
+        weights=None if weights is None else _claim(weights.sub("claim")),
+        template=_template(edge.sub("template")),
+        deletion_timeout_s=edge.number("deletionTimeoutSeconds"),
+    )
+
+
+def _cluster(cluster: Fields | None) -> ClusterRef | None:
+    if cluster is None:
+        return None
+    kubeconfig = cluster.sub("kubeconfigSecretRef")
+    return ClusterRef(
+        kubeconfig=SecretKey(kubeconfig.text("name"), kubeconfig.text("key")),
+        context=kubeconfig.text("context"),
+        namespace=cluster.text("namespace"),
+    )
+
+
+def _claim(claim: Fields) -> Claim:
+    return Claim(claim.text("name"), claim.text("path"))
+
+
+def _secret(secret: Fields | None) -> SecretKey | None:
+    return None if secret is None else SecretKey(secret.text("name"), secret.text("key"))
+
+
+def _resources(resources: Fields | None) -> Resources:
+    if resources is None:
+        return Resources({}, {})
+    return Resources(resources.mapping("requests"), resources.mapping("limits"))
+
+
+def _template(template: Fields) -> Template:
+    return Template(
+        node_selector=template.labels("nodeSelector"),
+        tolerations=tuple(item.value for item in template.items("tolerations")),
+        labels=template.labels("labels"),
+        annotations=template.labels("annotations"),
+        priority_class=template.text("priorityClassName", ""),
+    )
