@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hat_operator import names
-
-POD_MONITOR_API = "monitoring.coreos.com/v1/PodMonitor"
+from hat_operator.objects import cloud, edge, monitor, policies
+from hat_operator.settings import Settings
+from hat_operator.spec import HatDeployment
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Observed:
     apis: frozenset[str] = frozenset()
     """GROUP/VERSION/KIND of optional APIs of the cloud's cluster."""
     serving_revision: str | None = None
-    """The revision whose Deployment is ready; None if none is."""
+    """The revision that the Service leads to, as long as its Deployment serves, and the wanted one once it is ready.
+    None: neither serves, so there is nothing to keep."""
     edge_apis: frozenset[str] = frozenset()
     """As `apis`, of the devices' cluster, where it is another one."""
     draining: frozenset[str] = frozenset()
@@ -36,7 +38,7 @@ class Desired:
     keep_revisions: frozenset[str] = field(default_factory=frozenset)
     """Revisions whose Deployments stay as they are: the spec that they were made from is gone."""
     keep_daemonsets: bool = False
-    """The DaemonSets stay as they are: they belong to the serving revision, or there is no endpoint for new ones yet."""
+    """The DaemonSets stay as they are: of the serving revision, or without an endpoint for new ones yet."""
 
     def keeps(self, live: Mapping[str, Any]) -> bool:
         """Whether a live object of this HatDeployment that is not among the desired ones must stay."""
@@ -44,3 +46,67 @@ class Desired:
             return self.keep_daemonsets
         revision = live["metadata"].get("labels", {}).get(names.LABEL_REVISION)
         return live["kind"] == "Deployment" and revision in self.keep_revisions
+
+
+def desired_objects(hat: HatDeployment, settings: Settings, observed: Observed) -> Desired:
+    """All objects of both sides.
+
+    A new revision is blue/green: its Deployment starts beside the serving one, and Service and DaemonSets follow only
+    when `observed.serving_revision` is the new one. Deployments in `observed.draining` stay until devices have moved.
+
+    Raises:
+        SpecError: a quantity in the spec is none.
+    """
+    wanted = names.revision(hat, settings)
+    serving = wanted if hat.spec.suspend else observed.serving_revision or wanted
+    return Desired(
+        cloud=_cloud(hat, settings, observed, wanted, serving),
+        edge=_edge(hat, settings, observed, wanted, serving),
+        keep_revisions=frozenset() if hat.spec.suspend else (observed.draining | {serving}) - {wanted},
+        keep_daemonsets=_keeps_daemonsets(hat, observed, wanted, serving),
+    )
+
+
+def cloud_endpoint(hat: HatDeployment, observed: Observed) -> str | None:
+    """HOST:PORT that devices dial, None while no one knows."""
+    return names.fixed_endpoint(hat) or observed.cloud_endpoint
+
+
+def _cloud(
+    hat: HatDeployment, settings: Settings, observed: Observed, wanted: str, serving: str
+) -> list[dict[str, Any]]:
+    name, namespace = names.cloud(hat), hat.namespace
+    found = [cloud.service_account(hat, names.CLOUD, name, namespace)]
+    if hat.spec.network_policies:
+        found.append(policies.cloud(hat))
+    found.append(cloud.service(hat, serving))
+    found.append(cloud.disruption_budget(hat))
+    found.append(cloud.deployment(hat, settings, wanted))
+    if monitor.wanted(hat, observed.apis):
+        found.append(monitor.pod_monitor(hat, names.CLOUD, name, namespace))
+    return found
+
+
+def _edge(
+    hat: HatDeployment, settings: Settings, observed: Observed, wanted: str, serving: str
+) -> list[dict[str, Any]]:
+    spec = hat.spec.edge
+    if spec is None:
+        return []
+    name, namespace = names.edge(hat), names.edge_namespace(hat)
+    endpoint = cloud_endpoint(hat, observed)
+    found = [cloud.service_account(hat, names.EDGE, name, namespace)]
+    if hat.spec.network_policies:
+        found.append(policies.edge(hat, endpoint))
+    found.append(edge.service(hat, spec))
+    if endpoint is not None and serving == wanted and not hat.spec.suspend:
+        found += edge.daemonsets(hat, spec, settings, wanted, endpoint)
+    if monitor.wanted(hat, observed.apis if spec.cluster is None else observed.edge_apis):
+        found.append(monitor.pod_monitor(hat, names.EDGE, name, namespace))
+    return found
+
+
+def _keeps_daemonsets(hat: HatDeployment, observed: Observed, wanted: str, serving: str) -> bool:
+    if hat.spec.suspend or hat.spec.edge is None:
+        return False
+    return serving != wanted or cloud_endpoint(hat, observed) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -21,6 +22,8 @@ LABEL_DEPLOYMENT = f"{GROUP}/deployment"
 LABEL_NAMESPACE = f"{GROUP}/namespace"
 LABEL_REVISION = f"{GROUP}/revision"
 LABEL_L4T = f"{GROUP}/l4t"
+LABEL_IMAGE = f"{GROUP}/image"
+"""Which of edge.images a device's pod runs: DaemonSets must not select each other's pods."""
 LABEL_COMPONENT = "app.kubernetes.io/component"
 LABEL_ARCH = "kubernetes.io/arch"
 CLOUD = "cloud"
@@ -58,6 +61,16 @@ def children_selector(hat: HatDeployment) -> str:
         f"app.kubernetes.io/managed-by={FIELD_MANAGER},"
         f"{LABEL_DEPLOYMENT}={hat.name},{LABEL_NAMESPACE}={hat.namespace}"
     )
+
+
+def metadata(hat: HatDeployment, component: str, name: str, namespace: str) -> dict[str, Any]:
+    """Metadata of one object. The HatDeployment owns it, unless it is in another cluster or no cluster knows it yet."""
+    found: dict[str, Any] = {"name": name, "namespace": namespace, "labels": labels(hat, component)}
+    remote = component == EDGE and hat.spec.edge is not None and hat.spec.edge.cluster is not None
+    if hat.uid and not remote:
+        owner = {"apiVersion": API_VERSION, "kind": KIND, "name": hat.name, "uid": hat.uid}
+        found["ownerReferences"] = [{**owner, "controller": True, "blockOwnerDeletion": True}]
+    return found
 
 
 def runtime_version(hat: HatDeployment, settings: Settings) -> str:

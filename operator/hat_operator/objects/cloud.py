@@ -1,0 +1,140 @@
+"""The cloud's side: Deployment, Service, PodDisruptionBudget and ServiceAccount."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hat_operator import names
+from hat_operator.objects import pods
+from hat_operator.settings import Settings
+from hat_operator.spec import HatDeployment
+
+DEFAULT_CPU = "500m"
+DEFAULT_MEMORY = "3Gi"
+"""Enough for the default model and 1 GiB of KV cache; a larger model needs cloud.resources."""
+
+
+def deployment(hat: HatDeployment, settings: Settings, revision: str) -> dict[str, Any]:
+    """The replicas of one revision; none while the HatDeployment is suspended."""
+    cloud = hat.spec.cloud
+    selector = names.selector(hat, names.CLOUD, revision)
+    pod = _pod(hat, settings)
+    pod["topologySpreadConstraints"] = [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": selector},
+        }
+    ]
+    marks = {
+        "labels": {
+            **cloud.template.labels,
+            **names.labels(hat, names.CLOUD),
+            names.LABEL_REVISION: revision,
+        }
+    }
+    if cloud.template.annotations:
+        marks["annotations"] = dict(cloud.template.annotations)
+    metadata = names.metadata(hat, names.CLOUD, names.cloud_deployment(hat, revision), hat.namespace)
+    metadata["labels"][names.LABEL_REVISION] = revision
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata,
+        "spec": {
+            "replicas": 0 if hat.spec.suspend else cloud.replicas,
+            "revisionHistoryLimit": 2,
+            "progressDeadlineSeconds": 2 * pods.START_S,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "selector": {"matchLabels": selector},
+            "template": {"metadata": marks, "spec": pod},
+        },
+    }
+
+
+def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
+    cloud = hat.spec.cloud
+    image = cloud.image or settings.image("hat-cloud", names.runtime_version(hat, settings))
+    path = "spec.cloud.resources"
+    files = pods.model_files(
+        hat,
+        "cloud",
+        image,
+        hat.spec.model.claim,
+        pods.resources(cloud.resources, path, DEFAULT_CPU, DEFAULT_MEMORY),
+    )
+    args = ["cloud", "serve", "--model", files.path, "--input-layers", str(hat.spec.input_layers)]
+    args += ["--listen", f"0.0.0.0:{names.GRPC_PORT}", "--http-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
+    args += ["--dtype", hat.spec.model.dtype, "--max-sessions", str(cloud.max_sessions)]
+    args += ["--device", "cuda" if cloud.gpus else "cpu"]
+    args += ["--log-format", "json", "--log-level", hat.spec.log_level]
+    main = pods.container(
+        "cloud",
+        image,
+        args,
+        pods.resources(cloud.resources, path, DEFAULT_CPU, DEFAULT_MEMORY, cloud.gpus),
+        files.mounts,
+        {},
+    )
+    main["ports"] = [
+        {"name": "grpc", "containerPort": names.GRPC_PORT, "protocol": "TCP"},
+        {"name": "http", "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
+    ]
+    main.update(pods.probes())
+    spec = pods.pod_spec(hat, names.cloud(hat), main, files, [])
+    if cloud.template.node_selector:
+        spec["nodeSelector"] = dict(cloud.template.node_selector)
+    gpu = [pods.gpu_toleration()] if cloud.gpus else []
+    tolerated = pods.tolerations(*gpu, *cloud.template.tolerations)
+    if tolerated:
+        spec["tolerations"] = tolerated
+    if cloud.template.priority_class:
+        spec["priorityClassName"] = cloud.template.priority_class
+    return spec
+
+
+def service(hat: HatDeployment, revision: str) -> dict[str, Any]:
+    """What devices dial: the pods of one revision."""
+    expose = hat.spec.cloud.expose
+    port: dict[str, Any] = {
+        "name": "grpc",
+        "port": expose.port,
+        "targetPort": "grpc",
+        "protocol": "TCP",
+    }
+    if expose.node_port:
+        port["nodePort"] = expose.node_port
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": names.metadata(hat, names.CLOUD, names.cloud(hat), hat.namespace),
+        "spec": {
+            "type": expose.type,
+            "selector": names.selector(hat, names.CLOUD, revision),
+            "ports": [port],
+        },
+    }
+
+
+def disruption_budget(hat: HatDeployment) -> dict[str, Any]:
+    """One replica at a time: a minimum would keep a node with the only replica from being drained."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": names.metadata(hat, names.CLOUD, names.cloud(hat), hat.namespace),
+        "spec": {
+            "maxUnavailable": 1,
+            "selector": {"matchLabels": names.selector(hat, names.CLOUD)},
+        },
+    }
+
+
+def service_account(hat: HatDeployment, component: str, name: str, namespace: str) -> dict[str, Any]:
+    """An account without rights, whose token no pod gets."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": names.metadata(hat, component, name, namespace),
+        "automountServiceAccountToken": False,
+    }

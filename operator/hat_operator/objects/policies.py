@@ -1,0 +1,72 @@
+"""NetworkPolicies: what the pods need, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hat_operator import names
+from hat_operator.spec import HatDeployment
+
+HTTPS = 443
+DNS_PORTS = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
+
+
+def cloud(hat: HatDeployment) -> dict[str, Any]:
+    """gRPC from anywhere (devices are behind any address), health and metrics from inside the cluster."""
+    inside = [{"namespaceSelector": {}}]
+    ingress = [
+        {"ports": [_tcp(names.GRPC_PORT)]},
+        {"from": inside, "ports": [_tcp(names.ADMIN_PORT)]},
+    ]
+    fetches = hat.spec.model.hub is not None
+    return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, _egress(set(), fetches))
+
+
+def edge(hat: HatDeployment, endpoint: str | None) -> dict[str, Any]:
+    """The API from anywhere, and out to the cloud at `endpoint` (HOST:PORT; None while it is not known)."""
+    spec = hat.spec.edge
+    ports = {hat.spec.cloud.expose.port if endpoint is None else int(endpoint.rpartition(":")[2])}
+    if spec is None or spec.cluster is None:
+        # A policy sees the pod's port where the Service's address was already replaced by the pod's.
+        ports.add(names.GRPC_PORT)
+    fetches = hat.spec.model.hub is not None and (spec is None or spec.weights is None)
+    return _policy(
+        hat,
+        names.EDGE,
+        names.edge(hat),
+        names.edge_namespace(hat),
+        [{"ports": [_tcp(names.DEVICE_PORT)]}],
+        _egress(ports, fetches),
+    )
+
+
+def _tcp(port: int) -> dict[str, Any]:
+    return {"protocol": "TCP", "port": port}
+
+
+def _egress(ports: set[int], fetches: bool) -> list[dict[str, Any]]:
+    """DNS anywhere (a node's own cache has no namespace), the given TCP ports, and HTTPS for who fetches a model."""
+    out = sorted(ports | ({HTTPS} if fetches else set()))
+    rules: list[dict[str, Any]] = [{"ports": [dict(port) for port in DNS_PORTS]}]
+    return [*rules, {"ports": [_tcp(port) for port in out]}] if out else rules
+
+
+def _policy(
+    hat: HatDeployment,
+    component: str,
+    name: str,
+    namespace: str,
+    ingress: list[dict[str, Any]],
+    egress: list[dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": names.metadata(hat, component, name, namespace),
+        "spec": {
+            "podSelector": {"matchLabels": names.selector(hat, component)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": ingress,
+            "egress": egress,
+        },
+    }

@@ -1,0 +1,57 @@
+"""Kubernetes quantities in the one form in which the API server writes them back.
+
+"0.5" is stored as "500m", and "2048Mi" as "2Gi": anything else would look changed at every look.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+_FORM = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+))(|[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)$")
+_DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}
+
+
+def canonical(value: str | int) -> str:
+    """The API server's form of a quantity.
+
+    Raises:
+        ValueError: it is not a quantity, or is negative.
+    """
+    match = _FORM.match(str(value).strip())
+    if match is None or str(value).startswith("-"):
+        raise ValueError(f"{value!r} is not a quantity (for example 500m or 4Gi)")
+    number, suffix = Decimal(match[1]), match[2]
+    if suffix in _BINARY:
+        amount = number * 1024 ** _BINARY[suffix]
+        if amount >= 1024 and amount == amount.to_integral_value():
+            return _shortest(int(amount), 1024, list(_BINARY))
+        return _decimal(amount)
+    if suffix[:1] in ("e", "E") and len(suffix) > 1:
+        exponent = int(suffix[1:])
+        if abs(exponent) > 18:
+            raise ValueError(f"{value!r} is not a quantity that Kubernetes can hold")
+        amount = number.scaleb(exponent)
+        text = _decimal(amount)
+        power = _DECIMAL[text.lstrip("0123456789")]
+        return text.rstrip("numkMGTPE") + (f"e{power}" if power else "")
+    return _decimal(number.scaleb(_DECIMAL[suffix]))
+
+
+def _decimal(amount: Decimal) -> str:
+    """In nanos at the finest, rounded up, with the largest suffix that leaves an integer."""
+    nanos = int((amount.scaleb(9)).to_integral_value(rounding="ROUND_CEILING"))
+    if nanos == 0:
+        return "0"
+    text = _shortest(nanos, 1000, list(_DECIMAL)[1:])
+    return text if not text.isdigit() else text + "n"
+
+
+def _shortest(amount: int, base: int, suffixes: list[str]) -> str:
+    """`amount` divided by `base` as often as that leaves an integer, and the suffix that says how often."""
+    steps = 0
+    while steps < len(suffixes) and amount and amount % base == 0:
+        amount //= base
+        steps += 1
+    return f"{amount}{suffixes[steps - 1] if steps else ''}"
