@@ -1,0 +1,72 @@
+"""Real control planes for the operator's tests: one for the cloud's cluster, one for the devices'."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.harness.binaries import MissingProgramError, find_all
+from tests.harness.controlplane import ControlPlane
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PLANES = {"control_plane", "edge_plane"}
+_programs: dict[str, Path] = {}
+_missing: list[str] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Gets the programs before the first test: a build takes longer than a test may."""
+    wanted = any(PLANES & set(getattr(item, "fixturenames", ())) for item in session.items)
+    if not wanted or session.config.option.collectonly:
+        return
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+
+    def say(line: str) -> None:
+        if terminal is not None:
+            terminal.write_line(line)
+
+    try:
+        _programs.update(find_all(say=say))
+    except MissingProgramError as error:
+        _missing.append(f"no Kubernetes control plane: {error}")
+
+
+@contextmanager
+def _running(name: str) -> Iterator[ControlPlane]:
+    if _missing:
+        # In CI a skipped layer would look like a passed one.
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(_missing[0], pytrace=False)
+        pytest.skip(_missing[0])
+    plane = ControlPlane(_programs, name, audit=True)
+    plane.start()
+    try:
+        plane.install_crds(ROOT / "crds")
+        yield plane
+    finally:
+        plane.stop()
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[ControlPlane]:
+    """The cloud's cluster, with the CRD. Its attributes: `kubeconfig` (a path), `client()`, `kubectl(...)`."""
+    with _running("cloud") as plane:
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def edge_plane() -> Iterator[ControlPlane]:
+    """A second cluster for devices. It has the CRD too, so that a wrong write there would succeed and be seen."""
+    with _running("edge") as plane:
+        yield plane
+
+
+@pytest.fixture
+def namespace(control_plane: ControlPlane) -> Iterator[str]:
+    """A fresh namespace of the cloud's cluster, deleted after the test."""
+    with control_plane.namespace() as name:
+        yield name
