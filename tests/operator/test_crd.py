@@ -1,0 +1,280 @@
+"""The HatDeployment API on a real apiserver: what it takes, fills in, refuses and explains."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client as kube
+
+from tests.harness.controlplane import ControlPlane
+from tests.operator.conftest import ROOT
+from tests.operator.manifests import GROUP, PLURAL, REMOVED, VERSION, changed, hat_deployment, two_clusters
+from tests.operator.wrong_specs import WRONG
+
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+DEFAULTS = {
+    "mode": "hat",
+    "suspend": False,
+    "model": {"source": {"hub": "default"}, "revision": "", "dtype": "bfloat16"},
+    "split": {"inputLayers": 3},
+    "runtime": {"version": ""},
+    "cloud": {
+        "replicas": 1,
+        "accelerator": {"type": "none", "count": 0},
+        "tensorParallel": 1,
+        "maxSessions": 64,
+        "image": "",
+        "expose": {"type": "ClusterIP", "host": "", "port": 7070, "nodePort": 0},
+        "template": {},
+    },
+    "speculation": {"drafter": "none"},
+    "chunking": {"mode": "fixed", "tokens": 128},
+    "wire": {"uplink": "none", "downlink": "none"},
+    "security": {"networkPolicies": True, "tls": "off"},
+    "observability": {"logLevel": "info", "podMonitor": "auto"},
+}
+EDGE_DEFAULTS = {
+    "clusterRef": {
+        "kubeconfigSecretRef": {"name": "site", "key": "kubeconfig", "context": ""},
+        "namespace": "devices",
+    },
+    "deviceSelector": {"matchLabels": {"hat.dev/device": "true"}},
+    "images": [
+        {"name": "orin", "l4t": "r36.4", "arch": "arm64", "image": ""},
+        {"name": "pc", "l4t": "", "arch": "amd64", "image": ""},
+    ],
+    "runtimeClassName": "",
+    "accelerator": {"type": "none"},
+    "api": {"port": 8000, "hostPort": 0, "modelName": ""},
+    "weights": {"claim": {"name": "part", "path": "."}},
+    "template": {},
+    "deletionTimeoutSeconds": 300,
+}
+NOW = "2026-01-02T03:04:05Z"
+STATUS = {
+    "observedGeneration": 1,
+    "model": "default",
+    "conditions": [
+        {
+            "type": "Ready",
+            "status": "False",
+            "reason": "CloudNotReady",
+            "message": "1 of 2 replicas serve",
+            "lastTransitionTime": NOW,
+            "observedGeneration": 1,
+        }
+    ],
+    "cloud": {
+        "replicas": 2,
+        "ready": 1,
+        "summary": "1/2",
+        "selector": "hat.dev/deployment=chat",
+        "endpoint": "chat-cloud.default.svc:7070",
+        "revision": "0123abcd",
+    },
+    "edge": {"wanted": 1, "ready": 0, "summary": "0/1"},
+    "devices": [{"name": "orin-1", "node": "orin-1", "l4t": "r36.4", "phase": "Pending", "lastSeen": NOW}],
+}
+
+
+class Hats:
+    """The HatDeployments of one namespace, with strict checking of fields as kubectl asks for it."""
+
+    def __init__(self, plane: ControlPlane, namespace: str) -> None:
+        self._api = kube.CustomObjectsApi(plane.client())
+        self._place = (GROUP, VERSION, namespace, PLURAL)
+
+    def create(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._api.create_namespaced_custom_object(*self._place, body, field_validation="Strict")
+
+    def get(self, name: str = "chat") -> dict[str, Any]:
+        return self._api.get_namespaced_custom_object(*self._place, name)
+
+    def replace(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = body["metadata"]["name"]
+        return self._api.replace_namespaced_custom_object(*self._place, name, body, field_validation="Strict")
+
+    def replace_status(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = body["metadata"]["name"]
+        return self._api.replace_namespaced_custom_object_status(
+            *self._place, name, body, field_validation="Strict"
+        )
+
+    def refusal(self, call: Any, body: dict[str, Any]) -> str:
+        """The message with which the apiserver refuses `call(body)`."""
+        with pytest.raises(kube.ApiException) as caught:
+            call(body)
+        assert caught.value.status in (400, 422), caught.value
+        return str(json.loads(caught.value.body)["message"])
+
+
+@pytest.fixture
+def hats(control_plane: ControlPlane, namespace: str) -> Hats:
+    return Hats(control_plane, namespace)
+
+
+@pytest.fixture(scope="module")
+def shared_hats(control_plane: ControlPlane) -> Iterator[Hats]:
+    """For tests that leave nothing behind."""
+    with control_plane.namespace() as name:
+        yield Hats(control_plane, name)
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(ROOT / "examples").as_posix())
+def test_example_is_accepted(control_plane: ControlPlane, namespace: str, path: Any) -> None:
+    documents = [document for document in yaml.safe_load_all(path.read_text()) if document]
+    assert documents
+    control_plane.kubectl("create", "--validate=strict", "-n", namespace, "-f", str(path))
+    control_plane.kubectl("delete", "--wait=false", "-n", namespace, "-f", str(path))
+
+
+def test_defaults_are_filled_in(hats: Hats) -> None:
+    assert hats.create(hat_deployment())["spec"] == DEFAULTS
+
+
+def test_defaults_of_the_edge_are_filled_in(hats: Hats) -> None:
+    assert hats.create(two_clusters())["spec"]["edge"] == EDGE_DEFAULTS
+
+
+def test_a_claim_means_the_root_of_its_volume(hats: Hats) -> None:
+    body = changed(hat_deployment(), {"spec.model.source": {"claim": {"name": "weights"}}})
+    assert hats.create(body)["spec"]["model"]["source"] == {"claim": {"name": "weights", "path": "."}}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistake_is_refused_with_its_reason(shared_hats: Hats, name: str) -> None:
+    wrong = WRONG[name]
+    message = shared_hats.refusal(shared_hats.create, wrong.body)
+    for part in wrong.says:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"spec.model.source.hub": "org/other"}, "model.source: cannot be changed"),
+        ({"spec.model.source": {"claim": {"name": "weights"}}}, "model.source: cannot be changed"),
+        ({"spec.runtime.version": ""}, "runtime.version: may be changed but not removed"),
+        ({"spec.runtime": REMOVED}, "runtime.version: may be changed but not removed"),
+    ],
+    ids=["other-hub-model", "hub-to-claim", "version-empty", "runtime-removed"],
+)
+def test_change_is_refused(hats: Hats, changes: dict[str, Any], says: str) -> None:
+    live = hats.create(hat_deployment(runtime={"version": "0.1.0"}))
+    assert says in hats.refusal(hats.replace, changed(live, changes))
+
+
+def test_claim_of_the_source_cannot_change(hats: Hats) -> None:
+    live = hats.create(two_clusters())
+    for field in ("name", "path"):
+        message = hats.refusal(hats.replace, changed(live, {f"spec.model.source.claim.{field}": "other"}))
+        assert "model.source: cannot be changed" in message
+
+
+@pytest.mark.parametrize("value", ["elsewhere", REMOVED], ids=["other", "removed"])
+def test_edge_namespace_cannot_change(hats: Hats, value: Any) -> None:
+    live = hats.create(two_clusters())
+    message = hats.refusal(hats.replace, changed(live, {"spec.edge.clusterRef.namespace": value}))
+    assert "edge.clusterRef.namespace: cannot be changed" in message
+
+
+def test_everything_else_can_change(hats: Hats) -> None:
+    live = hats.create(two_clusters())
+    for changes in (
+        {"spec.runtime.version": "0.1.0"},
+        {"spec.runtime.version": "0.2.0"},
+        {"spec.model.dtype": "float32"},
+        {"spec.split.inputLayers": 4},
+        {"spec.cloud.replicas": 0, "spec.suspend": True},
+        {"spec.edge.images": [{"name": "pc", "arch": "amd64"}]},
+        {"spec.edge.clusterRef.kubeconfigSecretRef.name": "site-2"},
+    ):
+        live = hats.replace(changed(live, changes))
+    assert live["metadata"]["generation"] == 8
+
+
+def test_scale_subresource(control_plane: ControlPlane, hats: Hats, namespace: str) -> None:
+    live = hats.create(hat_deployment())
+    hats.replace_status({**live, "status": STATUS})
+    control_plane.kubectl("scale", "hat/chat", "--replicas=3", "-n", namespace)
+    assert hats.get()["spec"]["cloud"]["replicas"] == 3
+    path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/chat/scale"
+    scale = json.loads(control_plane.kubectl("get", "--raw", path).stdout)
+    assert scale["spec"] == {"replicas": 3}
+    assert scale["status"] == {"replicas": 2, "selector": STATUS["cloud"]["selector"]}
+
+
+def test_status_is_kept_whole(hats: Hats) -> None:
+    live = hats.create(hat_deployment())
+    assert "status" not in live
+    after = hats.replace_status({**live, "status": STATUS})
+    assert after["status"] == STATUS
+    assert after["metadata"]["generation"] == live["metadata"]["generation"]
+
+
+def test_spec_and_status_are_written_apart(hats: Hats) -> None:
+    live = hats.create({**hat_deployment(), "status": STATUS})
+    assert "status" not in live
+    after = hats.replace_status(changed({**live, "status": STATUS}, {"spec.cloud.replicas": 9}))
+    assert after["spec"]["cloud"]["replicas"] == 1
+
+
+def test_unknown_field_of_the_status_is_refused(hats: Hats) -> None:
+    live = hats.create(hat_deployment())
+    message = hats.refusal(hats.replace_status, {**live, "status": {"cloud": {"redy": 1}}})
+    assert 'unknown field "status.cloud.redy"' in message
+
+
+def test_table_shows_what_matters(control_plane: ControlPlane, hats: Hats, namespace: str) -> None:
+    live = hats.create(hat_deployment())
+    hats.replace_status({**live, "status": STATUS})
+    header, row = control_plane.kubectl("get", "hat", "-n", namespace, "-o", "wide").stdout.splitlines()
+    assert header.split() == ["NAME", "MODEL", "SPLIT", "CLOUD", "DEVICES", "READY", "REASON", "AGE"]
+    assert row.split()[:-1] == ["chat", "default", "3", "1/2", "0/1", "False", "CloudNotReady"]
+
+
+def openapi(plane: ControlPlane) -> dict[str, Any]:
+    """The schema of a HatDeployment as `kubectl explain` gets it; published a moment after the CRD."""
+    deadline = time.monotonic() + 30
+    while True:
+        done = plane.kubectl("get", "--raw", f"/openapi/v3/apis/{GROUP}/{VERSION}", check=False)
+        schemas = json.loads(done.stdout)["components"]["schemas"] if done.returncode == 0 else {}
+        if found := schemas.get("dev.hat.v1alpha1.HatDeployment"):
+            return found
+        assert time.monotonic() < deadline, done.stderr or sorted(schemas)
+        time.sleep(0.2)
+
+
+def fields(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every field below `schema` with its path; elements of lists and maps too."""
+    for name, child in schema.get("properties", {}).items():
+        yield f"{path}.{name}", child
+        yield from fields(child, f"{path}.{name}")
+    for key, mark in (("items", "[]"), ("additionalProperties", "{}")):
+        if isinstance(child := schema.get(key), dict):
+            yield f"{path}{mark}", child
+            yield from fields(child, f"{path}{mark}")
+
+
+def test_every_field_is_explained(control_plane: ControlPlane) -> None:
+    schema = openapi(control_plane)
+    described = {path: child.get("description", "") for path, child in fields(schema)}
+    assert len(described) > 100
+    assert schema["description"].strip()
+    assert [path for path, text in described.items() if not text.strip()] == []
+
+
+def test_kubectl_explains(control_plane: ControlPlane) -> None:
+    openapi(control_plane)
+    said = control_plane.kubectl("explain", "hat.spec.cloud.expose.nodePort").stdout
+    assert "Port on the nodes for type NodePort" in said
+    assert "inputLayers" in control_plane.kubectl("explain", "hat", "--recursive").stdout

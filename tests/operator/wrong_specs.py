@@ -1,0 +1,194 @@
+"""Mistakes in a HatDeployment and what the apiserver has to say about each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.operator.manifests import REMOVED, changed, hat_deployment, two_clusters
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Changes that spoil a valid HatDeployment, and parts of the message that a user needs to mend it."""
+
+    changes: Mapping[str, Any]
+    says: tuple[str, ...]
+    base: Mapping[str, Any] = field(default_factory=hat_deployment)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The wrong HatDeployment."""
+        return changed(self.base, self.changes)
+
+
+CLAIM = {"spec.model.source": {"claim": {"name": "weights"}}}
+SELECTOR = {"spec.edge": {"deviceSelector": {"matchLabels": {"site": "berlin"}}}}
+REMOTE = two_clusters()
+
+WRONG = {
+    # Names
+    "name-long": Wrong({"metadata.name": "a" * 41}, ("metadata.name: at most 40 characters",)),
+    "name-digit": Wrong(
+        {"metadata.name": "1chat"}, ("metadata.name: lower-case letters", "beginning with a letter")
+    ),
+    "name-dot": Wrong({"metadata.name": "chat.v2"}, ("metadata.name: lower-case letters",)),
+    # What must be there
+    "no-spec": Wrong({"spec": REMOVED}, ("spec: Required value",)),
+    "no-model": Wrong({"spec.model": REMOVED}, ("spec.model: Required value",)),
+    "no-source": Wrong({"spec.model": {}}, ("spec.model.source: Required value",)),
+    "no-split": Wrong({"spec.split": REMOVED}, ("spec.split: Required value",)),
+    "no-layers": Wrong({"spec.split": {}}, ("spec.split.inputLayers: Required value",)),
+    "no-selector": Wrong({"spec.edge": {}}, ("spec.edge.deviceSelector: Required value",)),
+    "no-labels": Wrong(
+        {"spec.edge": {"deviceSelector": {"matchLabels": {}}}},
+        ("spec.edge.deviceSelector.matchLabels", "should have at least 1 properties"),
+    ),
+    "no-secret": Wrong(
+        {"spec.edge.clusterRef.kubeconfigSecretRef": {}},
+        ("spec.edge.clusterRef.kubeconfigSecretRef.name: Required value",),
+        REMOTE,
+    ),
+    # Unknown fields and types
+    "unknown-field": Wrong({"spec.cloud.replica": 2}, ('unknown field "spec.cloud.replica"',)),
+    "unknown-top": Wrong({"spec.models": {}}, ('unknown field "spec.models"',)),
+    "type-replicas": Wrong(
+        {"spec.cloud.replicas": "two"}, ("spec.cloud.replicas", "must be of type integer")
+    ),
+    "type-suspend": Wrong({"spec.suspend": "yes"}, ("spec.suspend", "must be of type boolean")),
+    # Choices
+    "mode-unknown": Wrong({"spec.mode": "fast"}, ("spec.mode", '"fast"', '"hat"')),
+    "mode-picospec": Wrong({"spec.mode": "picospec"}, ("mode: picospec is not available", "write mode: hat")),
+    "dtype": Wrong({"spec.model.dtype": "float16"}, ("spec.model.dtype", '"bfloat16", "float32"')),
+    "drafter": Wrong(
+        {"spec.speculation.drafter": "ngram"}, ("speculation.drafter: drafting is not available",)
+    ),
+    "chunk-mode": Wrong({"spec.chunking.mode": "balance"}, ("chunking.mode:", "write fixed")),
+    "uplink": Wrong({"spec.wire.uplink": "int8"}, ("wire: compressed hidden states are not available",)),
+    "downlink": Wrong({"spec.wire.downlink": "int4"}, ("wire: compressed hidden states are not available",)),
+    "tls": Wrong({"spec.security.tls": "mutual"}, ("security.tls: mutual TLS is not available", "write off")),
+    "log-level": Wrong({"spec.observability.logLevel": "trace"}, ("spec.observability.logLevel", '"debug"')),
+    "pod-monitor": Wrong(
+        {"spec.observability.podMonitor": "yes"}, ("spec.observability.podMonitor", '"auto"')
+    ),
+    "tensor-parallel": Wrong(
+        {"spec.cloud.tensorParallel": 2}, ("cloud.tensorParallel:", "raise cloud.replicas")
+    ),
+    # Bounds
+    "layers-zero": Wrong(
+        {"spec.split.inputLayers": 0}, ("spec.split.inputLayers", "greater than or equal to 1")
+    ),
+    "layers-many": Wrong(
+        {"spec.split.inputLayers": 257}, ("spec.split.inputLayers", "less than or equal to 256")
+    ),
+    "replicas-negative": Wrong(
+        {"spec.cloud.replicas": -1}, ("spec.cloud.replicas", "greater than or equal to 0")
+    ),
+    "sessions-zero": Wrong(
+        {"spec.cloud.maxSessions": 0}, ("spec.cloud.maxSessions", "greater than or equal to 1")
+    ),
+    "chunk-tokens": Wrong(
+        {"spec.chunking.tokens": 4097}, ("spec.chunking.tokens", "less than or equal to 4096")
+    ),
+    "port": Wrong(
+        {"spec.cloud.expose.port": 65536}, ("spec.cloud.expose.port", "less than or equal to 65535")
+    ),
+    "deletion": Wrong(
+        {"spec.edge.deletionTimeoutSeconds": 86401},
+        ("spec.edge.deletionTimeoutSeconds", "less than or equal to 86400"),
+        REMOTE,
+    ),
+    # The model's source
+    "source-none": Wrong({"spec.model.source": {}}, ("model.source: write exactly one of hub and claim",)),
+    "source-both": Wrong(
+        {"spec.model.source.claim": {"name": "weights"}},
+        ("model.source: write exactly one of hub and claim",),
+    ),
+    "hub-url": Wrong({"spec.model.source.hub": "https://hub/a/b"}, ("spec.model.source.hub", "should match")),
+    "claim-name": Wrong(
+        {"spec.model.source": {"claim": {"name": "My_Claim"}}},
+        ("spec.model.source.claim.name", "should match"),
+    ),
+    "claim-absolute": Wrong(
+        {"spec.model.source": {"claim": {"name": "weights", "path": "/models"}}},
+        ("path: a folder inside the volume, without a leading /",),
+    ),
+    "claim-parent": Wrong(
+        {"spec.model.source": {"claim": {"name": "weights", "path": "a/../../b"}}},
+        ("path: a folder inside the volume", "without .."),
+    ),
+    "token-of-claim": Wrong(
+        {**CLAIM, "spec.model.tokenSecretRef": {"name": "hub"}},
+        ("model.tokenSecretRef: only a model from a hub",),
+    ),
+    "revision-of-claim": Wrong(
+        {**CLAIM, "spec.model.revision": "v1"}, ("model.revision: only a model from a hub",)
+    ),
+    "claim-without-edge-weights": Wrong(
+        {**CLAIM, **SELECTOR}, ("edge.weights: model.source.claim exists only in the cloud's namespace",)
+    ),
+    # The cloud
+    "gpus-of-none": Wrong(
+        {"spec.cloud.accelerator.count": 1}, ("cloud.accelerator: count is 0 for type none",)
+    ),
+    "no-gpus": Wrong(
+        {"spec.cloud.accelerator.type": "nvidia.com/gpu"},
+        ("cloud.accelerator:", "at least 1 for nvidia.com/gpu"),
+    ),
+    "gpu-in-limits": Wrong(
+        {"spec.cloud.resources.limits": {"nvidia.com/gpu": 1}},
+        ("resources.limits: cpu, memory and ephemeral-storage only", "accelerator"),
+    ),
+    "gpu-in-requests": Wrong(
+        {"spec.cloud.resources.requests": {"nvidia.com/gpu": 1}}, ("resources.requests: cpu, memory",)
+    ),
+    "version": Wrong({"spec.runtime.version": "v1 beta"}, ("spec.runtime.version", "should match")),
+    "image": Wrong({"spec.cloud.image": "a b"}, ("spec.cloud.image", "should match")),
+    "node-port-host": Wrong({"spec.cloud.expose.type": "NodePort"}, ("cloud.expose.host:", "write host")),
+    "node-port-type": Wrong({"spec.cloud.expose.nodePort": 30070}, ("goes with type: NodePort only",)),
+    "node-port-low": Wrong(
+        {"spec.cloud.expose": {"type": "NodePort", "host": "10.0.0.1", "nodePort": 80}},
+        ("cloud.expose.nodePort: 0 for one of Kubernetes' choice",),
+    ),
+    "own-labels": Wrong(
+        {"spec.cloud.template.labels": {"hat.dev/deployment": "other"}},
+        ("template.labels: hat.dev/ and app.kubernetes.io/ belong to the operator",),
+    ),
+    "toleration": Wrong(
+        {"spec.cloud.template.tolerations": [{"key": "gpu", "operator": "In"}]},
+        ("spec.cloud.template.tolerations[0].operator", '"Exists"'),
+    ),
+    # The devices
+    "unreachable-cloud": Wrong(
+        {"spec.cloud.expose": {}},
+        ("cloud.expose: devices in another cluster cannot reach a ClusterIP",),
+        REMOTE,
+    ),
+    "jetson-arch": Wrong(
+        {"spec.edge.images.0.arch": "amd64"},
+        ("edge.images: a Jetson (l4t) is arm64; write arch: arm64",),
+        REMOTE,
+    ),
+    "image-twice": Wrong(
+        {"spec.edge.images.1.name": "orin"}, ("spec.edge.images[1]: Duplicate value",), REMOTE
+    ),
+    "image-name-long": Wrong(
+        {"spec.edge.images.0.name": "a" * 13}, ("spec.edge.images[0].name", "Too long", "12"), REMOTE
+    ),
+    "edge-namespace": Wrong(
+        {"spec.edge.clusterRef.namespace": "Devices"},
+        ("spec.edge.clusterRef.namespace", "should match"),
+        REMOTE,
+    ),
+    "edge-gpu": Wrong(
+        {"spec.edge.accelerator.type": "gpu"}, ("spec.edge.accelerator.type", '"cuda"'), REMOTE
+    ),
+    "edge-own-labels": Wrong(
+        {"spec.edge.template.labels": {"app.kubernetes.io/name": "mine"}}, ("template.labels:",), REMOTE
+    ),
+    "pull-secret-twice": Wrong(
+        {"spec.imagePullSecrets": [{"name": "a"}, {"name": "a"}]},
+        ("spec.imagePullSecrets[1]: Duplicate value",),
+    ),
+}
