@@ -1,0 +1,26 @@
+"""The operator's own Prometheus metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+RECONCILE_SECONDS = Histogram(
+    "hat_operator_reconcile_seconds",
+    "Duration of one reconcile of one HatDeployment.",
+    ["result"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+WRITES = Counter(
+    "hat_operator_writes_total",
+    "Writes to a cluster, by verb and kind; still in a steady state.",
+    ["verb", "kind"],
+)
+REQUEST_ERRORS = Counter(
+    "hat_operator_request_errors_total", "Requests to a cluster that failed, by reason.", ["reason"]
+)
+QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
+LEADER = Gauge("hat_operator_leader", "1 while this process holds the lease.")
+LAST_RESYNC = Gauge("hat_operator_last_resync_timestamp_seconds", "When all HatDeployments were listed last.")
+HATDEPLOYMENTS = Gauge(
+    "hat_operator_hatdeployments", "HatDeployments at the last resync, by Ready.", ["ready"]
+)
