@@ -55,6 +55,10 @@ unit: $(STAMP)  ## unit tests (seconds)
 runtime: $(STAMP)  ## runtime tests: real servers, small models (minutes)
 	@$(BIN)/python scripts/check.py runtime
 
+.PHONY: operator
+operator: $(STAMP)  ## operator tests on a real Kubernetes API server (the first run builds one from source: minutes)
+	@$(BIN)/python scripts/check.py operator
+
 ##@ development
 
 .PHONY: fmt

@@ -30,6 +30,8 @@ class Check:
     command: tuple[str, ...]
     limit_s: float = 300.0
     is_pytest: bool = False
+    may_skip: bool = False
+    """Where the machine lacks what the tests need, all of them skip (with CI=true they fail instead)."""
 
 
 CHECKS = (
@@ -40,6 +42,13 @@ CHECKS = (
     Check("unit", (PYTHON, "-m", "pytest", "tests/unit", "-m", "not long"), limit_s=600, is_pytest=True),
     Check(
         "runtime", (PYTHON, "-m", "pytest", "tests/runtime", "-m", "not long"), limit_s=1500, is_pytest=True
+    ),
+    Check(  # builds a Kubernetes control plane on first use
+        "operator",
+        (PYTHON, "-m", "pytest", "tests/operator", "-m", "not long"),
+        limit_s=2100,
+        is_pytest=True,
+        may_skip=True,
     ),
 )
 
@@ -125,7 +134,7 @@ def run(check: Check, folder: Path) -> Outcome:
     outcome = Outcome(check, time.monotonic() - started, problem)
     if check.is_pytest:
         read_report(outcome, report)
-        if not problem and outcome.passed == 0:
+        if not problem and outcome.passed == 0 and not (check.may_skip and outcome.skipped):
             outcome.problem = "no test ran"
     return outcome
 
