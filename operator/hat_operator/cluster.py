@@ -111,7 +111,7 @@ class Cluster:
             live = await self.get(kind, meta["name"], meta.get("namespace"))
         if live is not None:
             if not managed_by(live, names.FIELD_MANAGER):
-                text = f"{kind.name} {meta['name']} exists and was not made by {names.FIELD_MANAGER}; rename or delete it"
+                text = f"{kind.name} {meta['name']} exists and is not {names.FIELD_MANAGER}'s; rename or delete it"
                 raise ClusterError("NameConflict", text)
             if not needs_apply(desired, live, names.FIELD_MANAGER):
                 return Applied(live, False)

@@ -1,0 +1,120 @@
+"""Rows of status.devices from the nodes and pods of the devices' cluster. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hat_operator import names
+
+MAX_ROWS = 200
+READY, NOT_READY, LOST, PENDING = "Ready", "NotReady", "Lost", "Pending"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All devices."""
+
+    rows: list[dict[str, Any]]
+    """At most MAX_ROWS; those that are not ready first, then by name."""
+    wanted: int
+    phases: Mapping[str, int]
+
+    @property
+    def ready(self) -> int:
+        """Devices that serve."""
+        return self.phases.get(READY, 0)
+
+    @property
+    def lost(self) -> int:
+        """Devices whose node does not answer."""
+        return self.phases.get(LOST, 0)
+
+
+def fleet(
+    pods: Iterable[Mapping[str, Any]],
+    nodes: Sequence[Mapping[str, Any]] | None,
+    previous: Sequence[Mapping[str, Any]],
+    now: str,
+) -> Fleet:
+    """One row for each device.
+
+    Args:
+        pods: the devices' pods.
+        nodes: the nodes that the device selector matches; None if the operator may not read nodes, and then only
+            devices that have a pod are known, and none is seen to be Lost.
+        previous: the rows before.
+        now: RFC 3339; lastSeen of a row whose phase has changed.
+    """
+    by_node: dict[str, Mapping[str, Any]] = {}
+    for pod in pods:
+        node = node_of(pod)
+        if node and "deletionTimestamp" not in pod["metadata"] and not _better(by_node.get(node), pod):
+            by_node[node] = pod
+    known = {node["metadata"]["name"]: node for node in nodes or ()}
+    before = {row["name"]: row for row in previous}
+    rows = []
+    for name in sorted(known.keys() if nodes is not None else by_node.keys()):
+        phase = _phase(by_node.get(name), known.get(name))
+        old = before.get(name, {})
+        seen = old.get("lastSeen") if old.get("phase") == phase else None
+        row = {"name": name, "node": name, "phase": phase, "lastSeen": seen or now}
+        l4t = known.get(name, {}).get("metadata", {}).get("labels", {}).get(names.LABEL_L4T)
+        rows.append({**row, "l4t": l4t} if l4t else row)
+    phases = Counter(row["phase"] for row in rows)
+    shown = sorted(rows, key=lambda row: (row["phase"] == READY, row["name"]))[:MAX_ROWS]
+    return Fleet(shown, len(rows), phases)
+
+
+def revisions_in_use(
+    pods: Iterable[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]] | None
+) -> frozenset[str]:
+    """Revisions of the pods on devices that answer: their cloud must stay until they have moved."""
+    lost = {node["metadata"]["name"] for node in nodes or () if not node_ready(node)}
+    found = {
+        pod["metadata"].get("labels", {}).get(names.LABEL_REVISION)
+        for pod in pods
+        if node_of(pod) not in lost and pod.get("status", {}).get("phase") == "Running"
+    }
+    return frozenset(revision for revision in found if revision)
+
+
+def node_of(pod: Mapping[str, Any]) -> str | None:
+    """The node that a pod of a DaemonSet runs on or waits for."""
+    spec = pod.get("spec", {})
+    if spec.get("nodeName"):
+        return str(spec["nodeName"])
+    affinity = spec.get("affinity", {}).get("nodeAffinity", {})
+    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    for term in required.get("nodeSelectorTerms", ()):
+        for field in term.get("matchFields", ()):
+            if field.get("key") == "metadata.name" and field.get("values"):
+                return str(field["values"][0])
+    return None
+
+
+def node_ready(node: Mapping[str, Any]) -> bool:
+    """Whether the node's kubelet answers and says that it is ready."""
+    return _condition(node) == "True"
+
+
+def _phase(pod: Mapping[str, Any] | None, node: Mapping[str, Any] | None) -> str:
+    if node is not None and not node_ready(node):
+        return LOST
+    if pod is None or pod.get("status", {}).get("phase", "Pending") == "Pending":
+        return PENDING
+    return READY if _condition(pod) == "True" else NOT_READY
+
+
+def _better(first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> bool:
+    """Whether the first of two pods on one node tells more: during an update there may be two."""
+    return first is not None and (_condition(first) == "True" or _condition(second) != "True")
+
+
+def _condition(obj: Mapping[str, Any]) -> str | None:
+    for condition in obj.get("status", {}).get("conditions", ()):
+        if condition["type"] == "Ready":
+            return str(condition["status"])
+    return None

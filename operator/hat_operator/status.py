@@ -1,0 +1,273 @@
+"""Conditions and numbers of status from what was seen. Pure.
+
+Conditions are positive (True is good, but for Progressing) and say something about themselves only; Ready takes over
+the reason of the first one that does not hold. Reasons are part of the API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hat_operator import names
+from hat_operator.devices import PENDING, Fleet
+from hat_operator.spec import HatDeployment
+
+READY, CLOUD_READY, EDGE_READY = "Ready", "CloudReady", "EdgeReady"
+EDGE_REACHABLE, SPLIT_VALID, PROGRESSING = "EdgeClusterReachable", "ModelSplitValid", "Progressing"
+_READY_NEEDS = (SPLIT_VALID, CLOUD_READY, EDGE_REACHABLE, EDGE_READY)
+_MESSAGE_MAX = 1024
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A condition without its times."""
+
+    status: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a part could not be brought to its desired state."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class CloudSeen:
+    """The cloud's side after a reconcile. Replicas and ready ones are those of the revision that serves."""
+
+    wanted_revision: str
+    serving_revision: str | None
+    replicas: int = 0
+    ready: int = 0
+    updated: bool = True
+    """Whether the wanted revision's Deployment has all its pods as the spec wants them."""
+    endpoint: str | None = None
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class EdgeSeen:
+    """The devices' side after a reconcile; fleet None: unknown, what was known before stays."""
+
+    fleet: Fleet | None = None
+    updated: bool = True
+    """Whether every DaemonSet has rolled out to each of its devices."""
+    unreachable: Problem | None = None
+    problem: Problem | None = None
+
+
+def model_text(hat: HatDeployment) -> str:
+    """The model in short."""
+    model = hat.spec.model
+    if model.claim is not None:
+        return f"claim {model.claim.name}/{model.claim.path}"
+    return f"{model.hub}@{model.revision}" if model.revision else str(model.hub)
+
+
+def findings(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> dict[str, Finding]:
+    """All conditions that apply to this HatDeployment."""
+    found = {SPLIT_VALID: _split(cloud), CLOUD_READY: _cloud(hat, cloud)}
+    if hat.spec.edge is not None:
+        if hat.spec.edge.cluster is not None:
+            found[EDGE_REACHABLE] = _reachable(edge)
+        found[EDGE_READY] = _edge(hat, cloud, edge)
+    found[PROGRESSING] = _progressing(hat, cloud, edge)
+    found[READY] = _ready(hat, found)
+    return found
+
+
+def invalid(message: str) -> dict[str, Finding]:
+    """The conditions of a spec that cannot be read."""
+    finding = Finding("False", "InvalidSpec", message)
+    return {SPLIT_VALID: finding, READY: finding}
+
+
+def new_status(
+    hat: HatDeployment, old: Mapping[str, Any], cloud: CloudSeen, edge: EdgeSeen, now: str
+) -> dict[str, Any]:
+    """The whole status.
+
+    Args:
+        hat: what is wanted.
+        old: the status before: times of unchanged conditions are taken from it.
+        cloud: what was seen.
+        edge: what was seen.
+        now: RFC 3339.
+    """
+    wanted = 0 if hat.spec.suspend else hat.spec.cloud.replicas
+    selector = names.selector(hat, names.CLOUD)
+    status: dict[str, Any] = {
+        "observedGeneration": hat.generation,
+        "model": model_text(hat),
+        "conditions": conditions(findings(hat, cloud, edge), old.get("conditions", ()), hat.generation, now),
+        "cloud": {
+            "replicas": cloud.replicas,
+            "ready": cloud.ready,
+            "summary": f"{cloud.ready}/{wanted}",
+            "selector": ",".join(f"{key}={value}" for key, value in sorted(selector.items())),
+            "revision": cloud.serving_revision or cloud.wanted_revision,
+        },
+    }
+    if cloud.endpoint is not None:
+        status["cloud"]["endpoint"] = cloud.endpoint
+    if hat.spec.edge is None:
+        return status
+    if edge.fleet is not None:
+        fleet = edge.fleet
+        summary = f"{fleet.ready}/{fleet.wanted}"
+        status["edge"] = {"wanted": fleet.wanted, "ready": fleet.ready, "summary": summary}
+        status["devices"] = fleet.rows
+    else:
+        status.update({key: old[key] for key in ("edge", "devices") if key in old})
+    return status
+
+
+def conditions(
+    found: Mapping[str, Finding], old: Sequence[Mapping[str, Any]], generation: int, now: str
+) -> list[dict[str, Any]]:
+    """Conditions with their times; lastTransitionTime stays while the status is the same."""
+    before = {condition["type"]: condition for condition in old}
+    result = []
+    for name, finding in sorted(found.items()):
+        last = before.get(name, {})
+        same = last.get("status") == finding.status
+        result.append(
+            {
+                "type": name,
+                "status": finding.status,
+                "reason": finding.reason,
+                "message": finding.message[:_MESSAGE_MAX],
+                "lastTransitionTime": last["lastTransitionTime"] if same else now,
+                "observedGeneration": generation,
+            }
+        )
+    return result
+
+
+def merge_patch(old: Any, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON merge patch (RFC 7386) from old to new; {} if they are equal."""
+    old = old if isinstance(old, Mapping) else {}
+    change: dict[str, Any] = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        if key in old and old[key] == value:
+            continue
+        change[key] = merge_patch(old.get(key), value) if isinstance(value, Mapping) else value
+    return change
+
+
+def changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(type, reason, message) of an event for each condition whose status or reason has changed.
+
+    Warning where a condition, having held, does not hold any more, or something went wrong; else Normal.
+    """
+    before = {condition["type"]: condition for condition in old}
+    found = []
+    for condition in new:
+        last = before.get(condition["type"], {})
+        if (last.get("status"), last.get("reason")) == (condition["status"], condition["reason"]):
+            continue
+        if condition["type"] == READY and condition["status"] != "True" and last.get("status") != "True":
+            continue  # the condition that it took the reason from has its own event
+        lost = last.get("status") == "True" and condition["status"] != "True"
+        bad = condition["reason"] not in _EXPECTED and condition["status"] == "False"
+        warning = condition["type"] != PROGRESSING and (lost or bad) and condition["reason"] != "Suspended"
+        text = f"{condition['type']} is {condition['status']}: {condition['message']}"
+        found.append(("Warning" if warning else "Normal", condition["reason"], text))
+    return found
+
+
+_EXPECTED = {
+    "WaitingForReplicas",
+    "WaitingForDevices",
+    "EndpointPending",
+    "Suspended",
+    "ScaledToZero",
+    "Complete",
+}
+
+
+def _split(cloud: CloudSeen) -> Finding:
+    if cloud.serving_revision == cloud.wanted_revision and cloud.ready:
+        return Finding("True", "CloudLoadedModel", "the cloud has loaded its layers of the model")
+    return Finding("Unknown", "NotLoadedYet", "known when a replica of this revision has loaded its layers")
+
+
+def _cloud(hat: HatDeployment, cloud: CloudSeen) -> Finding:
+    wanted = hat.spec.cloud.replicas
+    if cloud.problem is not None:
+        return Finding("False", cloud.problem.reason, cloud.problem.message)
+    if hat.spec.suspend:
+        return Finding("False", "Suspended", "spec.suspend is true")
+    if wanted == 0:
+        return Finding("False", "ScaledToZero", "spec.cloud.replicas is 0")
+    counts = f"{cloud.ready} of {wanted} replicas are ready"
+    if cloud.ready < wanted:
+        return Finding("False", "WaitingForReplicas", counts)
+    if cloud.endpoint is None:
+        return Finding("False", "EndpointPending", "the Service has no address for devices yet")
+    return Finding("True", "ReplicasReady", counts)
+
+
+def _reachable(edge: EdgeSeen) -> Finding:
+    if edge.unreachable is not None:
+        return Finding("False", edge.unreachable.reason, edge.unreachable.message)
+    return Finding("True", "Reachable", "the devices' cluster answers")
+
+
+def _edge(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:
+    if edge.unreachable is not None:
+        return Finding("Unknown", "EdgeClusterUnreachable", "the devices' cluster cannot be asked")
+    if edge.problem is not None:
+        return Finding("False", edge.problem.reason, edge.problem.message)
+    if hat.spec.suspend:
+        return Finding("False", "Suspended", "spec.suspend is true")
+    if edge.fleet is None:
+        return Finding("Unknown", "DevicesUnknown", "the devices could not be read")
+    fleet = edge.fleet
+    if not fleet.wanted:
+        return Finding("False", "NoDevices", "no node has the labels of edge.deviceSelector")
+    text = f"{fleet.ready} of {fleet.wanted} devices are ready" + (
+        f", {fleet.lost} lost" if fleet.lost else ""
+    )
+    if fleet.lost == fleet.wanted:
+        return Finding("False", "DevicesLost", text)
+    if fleet.ready + fleet.lost < fleet.wanted:
+        waiting = cloud.endpoint is None or fleet.phases.get(PENDING, 0) > 0 or not edge.updated
+        return Finding("False", "WaitingForDevices" if waiting else "DevicesNotReady", text)
+    # A device that is switched off is everyday life at the edge: it must not make the whole deployment unready.
+    return Finding("True", "DevicesReady", text)
+
+
+def _progressing(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:
+    if hat.spec.suspend:
+        return Finding("False", "Suspended", "spec.suspend is true")
+    if cloud.serving_revision not in (None, cloud.wanted_revision):
+        text = f"revision {cloud.wanted_revision} starts; {cloud.serving_revision} serves until it is ready"
+        return Finding("True", "NewRevisionStarting", text)
+    if not cloud.updated:
+        return Finding("True", "CloudRollingOut", "replicas of the cloud are being replaced")
+    if hat.spec.edge is not None and not edge.updated:
+        return Finding("True", "DevicesRollingOut", "devices are being updated, a tenth of them at a time")
+    return Finding("False", "Complete", "everything is as the spec wants it")
+
+
+def _ready(hat: HatDeployment, found: Mapping[str, Finding]) -> Finding:
+    if hat.spec.suspend:
+        return Finding("False", "Suspended", "spec.suspend is true")
+    for name in _READY_NEEDS:
+        finding = found.get(name)
+        # Unknown of ModelSplitValid only says that no replica has loaded the model yet, as CloudReady says better.
+        if (
+            finding is None
+            or finding.status == "True"
+            or (name == SPLIT_VALID and finding.status == "Unknown")
+        ):
+            continue
+        return Finding("False", finding.reason, f"{name}: {finding.message}")
+    return Finding("True", "AllReady", "cloud and devices serve")
