@@ -26,7 +26,11 @@ def canonical(value: str | int) -> str:
     if suffix in _BINARY:
         amount = number * 1024 ** _BINARY[suffix]
         if amount >= 1024 and amount == amount.to_integral_value():
-            return _shortest(int(amount), 1024, list(_BINARY))
+            return (
+                _shortest(int(amount) // 1024, 1024, list(_BINARY))
+                if amount % 1024 == 0
+                else str(int(amount))
+            )
         return _decimal(amount)
     if suffix[:1] in ("e", "E") and len(suffix) > 1:
         exponent = int(suffix[1:])
@@ -44,14 +48,13 @@ def _decimal(amount: Decimal) -> str:
     nanos = int((amount.scaleb(9)).to_integral_value(rounding="ROUND_CEILING"))
     if nanos == 0:
         return "0"
-    text = _shortest(nanos, 1000, list(_DECIMAL)[1:])
-    return text if not text.isdigit() else text + "n"
+    return _shortest(nanos, 1000, list(_DECIMAL))
 
 
 def _shortest(amount: int, base: int, suffixes: list[str]) -> str:
-    """`amount` divided by `base` as often as that leaves an integer, and the suffix that says how often."""
-    steps = 0
-    while steps < len(suffixes) and amount and amount % base == 0:
+    """`amount` of the first suffix's unit, in the largest unit that leaves an integer."""
+    step = 0
+    while step + 1 < len(suffixes) and amount % base == 0:
         amount //= base
-        steps += 1
-    return f"{amount}{suffixes[steps - 1] if steps else ''}"
+        step += 1
+    return f"{amount}{suffixes[step]}"

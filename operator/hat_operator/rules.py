@@ -1,7 +1,7 @@
 """The CRD's CEL rules in Python, for checks without an API server.
 
-Keys are the rules' texts in the CRD; messages are there and only there. Rules with oldSelf are about changes and have no
-entry. A test holds both sides together.
+Keys are the rules' texts in the CRD; messages are there and only there. Rules with oldSelf are about changes and have
+no entry. A test holds both sides together.
 """
 
 from __future__ import annotations

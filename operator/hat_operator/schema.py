@@ -76,9 +76,7 @@ def problems(schema: Schema, value: Any) -> list[str]:
 
 
 def _problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
-    found = list(_own_problems(schema, value, path))
-    if not found:
-        found += _problems_below(schema, value, path)
+    found = [*_own_problems(schema, value, path), *_problems_below(schema, value, path)]
     if not found:
         found += [
             _text(path, value, rule["message"])
@@ -94,7 +92,7 @@ def _own_problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
             yield _text(path, value, "must be an integer or a string")
         return
     kind = schema.get("type", "object")
-    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+    if not _is_a(kind, value):
         hint = "; quote it" if kind == "string" and value is not None else ""
         yield _text(path, value, f"must be of type {kind}{hint}")
         return
@@ -124,17 +122,23 @@ def _own_problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
                 yield _text(_at(path, key), None, "is required")
 
 
+def _is_a(kind: str, value: Any) -> bool:
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
 def _problems_below(schema: Schema, value: Any, path: str) -> Iterator[str]:
     if isinstance(value, dict):
         known, others = schema.get("properties"), schema.get("additionalProperties")
         for key, item in value.items():
+            if item is None and key in schema.get("required", ()):
+                continue  # told already
             if known is not None and key in known:
                 yield from _problems(known[key], item, _at(path, str(key)))
             elif others is not None:
                 yield from _problems(others, item, _at(path, str(key)))
             elif known is not None:
                 yield _text(_at(path, str(key)), item, f"unknown field; known: {', '.join(sorted(known))}")
-    elif isinstance(value, list):
+    elif isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
             yield from _problems(schema["items"], item, f"{path}[{index}]")
         yield from _duplicates(schema, value, path)

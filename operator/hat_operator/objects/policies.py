@@ -13,8 +13,8 @@ DNS_PORTS = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
 
 def cloud(hat: HatDeployment) -> dict[str, Any]:
     """gRPC from anywhere (devices are behind any address), health and metrics from inside the cluster."""
-    inside = [{"namespaceSelector": {}}]
-    ingress = [
+    inside: list[dict[str, Any]] = [{"namespaceSelector": {}}]
+    ingress: list[dict[str, Any]] = [
         {"ports": [_tcp(names.GRPC_PORT)]},
         {"from": inside, "ports": [_tcp(names.ADMIN_PORT)]},
     ]

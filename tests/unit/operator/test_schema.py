@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hat_operator.rules import RULES
+from hat_operator.schema import apply_defaults, load_crd, load_schema, problems
+from tests.unit.operator.samples import SCHEMA, body
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, schema
+    for key, below in schema.get("properties", {}).items():
+        yield from nodes(below, f"{path}.{key}")
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            yield from nodes(schema[key], f"{path}[{key}]")
+
+
+def test_every_field_is_described() -> None:
+    assert [path for path, node in nodes(SCHEMA) if len(node.get("description", "")) < 5] == []
+    assert len(list(nodes(SCHEMA))) > 100
+
+
+def test_every_rule_that_needs_no_older_object_is_checked_without_an_api_server() -> None:
+    rules = {rule["rule"] for _, node in nodes(SCHEMA) for rule in node.get("x-kubernetes-validations", ())}
+    assert {rule for rule in rules if "oldSelf" not in rule} == set(RULES)
+
+
+def test_crd_names_its_api() -> None:
+    crd = load_crd()
+    assert crd["metadata"]["name"] == f"{crd['spec']['names']['plural']}.{crd['spec']['group']}"
+    assert load_schema()["type"] == "object"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid(example: Path) -> None:
+    assert problems(SCHEMA, apply_defaults(SCHEMA, yaml.safe_load(example.read_text()))) == []
+
+
+def test_defaults_reach_through_absent_objects_and_lists() -> None:
+    spec = body(edge={"images": [{"name": "orin"}]})["spec"]
+    assert spec["cloud"]["expose"] == {"type": "ClusterIP", "host": "", "port": 7070, "nodePort": 0}
+    assert spec["edge"]["images"] == [{"name": "orin", "l4t": "", "arch": "arm64", "image": ""}]
+    assert "clusterRef" not in spec["edge"]
+
+
+def test_defaults_leave_the_written_object_alone_and_do_not_share() -> None:
+    written = {"spec": {"model": {"source": {"hub": "a/b"}}, "split": {"inputLayers": 1}, "cloud": None}}
+    before = copy.deepcopy(written)
+    first, second = apply_defaults(SCHEMA, written), apply_defaults(SCHEMA, written)
+    first["spec"]["cloud"]["replicas"] = 9
+    assert written == before
+    assert second["spec"]["cloud"]["replicas"] == 1
+    assert apply_defaults(SCHEMA, second) == second
+
+
+def change(found: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        found = found.setdefault(key, {})
+    found[last] = value
+
+
+CLUSTER = {"kubeconfigSecretRef": {"name": "k"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("split.inputLayers", 0, "spec.split.inputLayers: 0: must be at least 1"),
+        ("split.inputLayers", "3", 'spec.split.inputLayers: "3": must be of type integer'),
+        ("split.inputLayers", True, "spec.split.inputLayers: true: must be of type integer"),
+        ("split.inputLayers", None, "spec.split.inputLayers: null: is required"),
+        ("cloud.replicas", 1001, "spec.cloud.replicas: 1001: must be at most 1000"),
+        ("cloud.replica", 2, "spec.cloud.replica: 2: unknown field"),
+        ("model.dtype", "fp8", 'spec.model.dtype: "fp8": must be one of bfloat16, float32'),
+        ("model.source.hub", "no slash", 'spec.model.source.hub: "no slash": must match'),
+        ("security.tls", False, "spec.security.tls: false: must be of type string; quote it"),
+        ("security.tls", "mutual", "mutual TLS is not available"),
+        ("mode", "picospec", "picospec is not available"),
+        ("cloud.tensorParallel", 2, "spec.cloud.tensorParallel: 2: cloud.tensorParallel: more than one GPU"),
+        ("cloud.accelerator.count", 1, "count is 0 for type none"),
+        ("cloud.accelerator.type", "nvidia.com/gpu", "at least 1 for nvidia.com/gpu"),
+        ("cloud.resources", {"requests": {"nvidia.com/gpu": 1}}, "GPUs are written in accelerator"),
+        (
+            "cloud.resources",
+            {"limits": {"cpu": [1]}},
+            "spec.cloud.resources.limits.cpu: [1]: must be an integer",
+        ),
+        ("cloud.expose.type", "NodePort", "a NodePort needs the address"),
+        ("cloud.expose.nodePort", 30000, "goes with type: NodePort only"),
+        ("cloud.template.labels", {"hat.dev/x": "1"}, "belong to the operator"),
+        ("edge.clusterRef", CLUSTER, "devices in another cluster cannot reach a ClusterIP"),
+        ("edge.deviceSelector.matchLabels", {}, "must be at least 1 fields"),
+        ("edge.images", [{"name": "a"}, {"name": "a"}], "name must be unique"),
+        ("edge.images", [{"name": "a", "arch": "amd64", "l4t": "r36"}], "a Jetson (l4t) is arm64"),
+        ("edge.weights", {"claim": {"name": "w", "path": "../x"}}, "without .."),
+        ("model.source.claim", {"name": "w"}, "write exactly one of hub and claim"),
+        ("model.source", {"claim": {"name": "w"}}, "name the claim that holds the model on the edge side"),
+        ("speculation.drafter", "ngram", "drafting is not available"),
+        ("chunking.mode", "balance", "sizes that follow the link are not available"),
+        ("wire.uplink", "int8", "compressed hidden states are not available"),
+        (
+            "imagePullSecrets",
+            [{"name": ""}],
+            'spec.imagePullSecrets[0].name: "": must be at least 1 characters',
+        ),
+    ],
+)
+def test_wrong_fields_are_named_with_their_value(path: str, value: Any, words: str) -> None:
+    found = body()
+    change(found["spec"], path, value)
+    wrong = problems(SCHEMA, apply_defaults(SCHEMA, found))
+    assert len(wrong) == 1
+    assert words in wrong[0]
+
+
+@pytest.mark.parametrize("name", ["a" * 41, "Chat", "1st", "ends-"])
+def test_names_that_services_cannot_have(name: str) -> None:
+    found = body()
+    found["metadata"]["name"] = name
+    assert any("metadata.name" in line for line in problems(SCHEMA, found))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = body(cloud={"replicas": -1, "maxSessions": 0})
+    del found["spec"]["split"]
+    assert len(problems(SCHEMA, found)) == 3
