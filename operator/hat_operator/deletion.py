@@ -1,0 +1,73 @@
+"""What the deletion of a HatDeployment with devices in another cluster waits for."""
+
+from __future__ import annotations
+
+import calendar
+import time
+
+from hat_operator import events, names
+from hat_operator.children import Children
+from hat_operator.cluster import Cluster, ClusterError, Object
+from hat_operator.edges import EdgeClusters, EdgeUnreachable
+from hat_operator.spec import HatDeployment, SpecError
+
+RETRY_S = 5.0
+DEFAULT_TIMEOUT_S = 300
+
+
+class Deletion:
+    """Removes the devices' objects and then the finalizer; in the own cluster owner references do the work."""
+
+    def __init__(self, home: Cluster, edges: EdgeClusters) -> None:
+        self._home = home
+        self._edges = edges
+
+    async def proceed(self, body: Object) -> float | None:
+        """One pass over a HatDeployment that is being deleted.
+
+        Returns:
+            Seconds after which to try again; None: nothing is left to do.
+
+        Raises:
+            ClusterError: the operator's own cluster refused or did not answer.
+        """
+        finalizers = body["metadata"].get("finalizers", [])
+        if names.FINALIZER not in finalizers:
+            return None
+        timeout_s = DEFAULT_TIMEOUT_S
+        try:
+            hat = HatDeployment.parse(body)
+            if hat.spec.edge is not None:
+                timeout_s = hat.spec.edge.deletion_timeout_s
+            await self._clean(hat)
+        except (SpecError, EdgeUnreachable) as error:
+            left = _deleted_at(body) + timeout_s - time.time()
+            if left > 0:
+                return min(RETRY_S, left)
+            text = f"gave up after {timeout_s} s; what the operator made in the devices' cluster stays there: {error}"
+            await events.post(self._home, body, "Warning", "EdgeObjectsLeftBehind", text)
+        change = {
+            "finalizers": [finalizer for finalizer in finalizers if finalizer != names.FINALIZER],
+            "resourceVersion": body["metadata"]["resourceVersion"],
+        }
+        try:
+            await self._home.patch(body, {"metadata": change})
+        except ClusterError as error:
+            if error.reason != "NotFound":
+                raise
+        return None
+
+    async def _clean(self, hat: HatDeployment) -> None:
+        edge = hat.spec.edge
+        if edge is None or edge.cluster is None:
+            return
+        cluster = await self._edges.get(hat.namespace, edge.cluster)
+        try:
+            children = await Children.read_edge(cluster, hat)
+            await children.prune(())
+        except ClusterError as error:
+            raise EdgeUnreachable(error.reason, str(error)) from None
+
+
+def _deleted_at(body: Object) -> float:
+    return float(calendar.timegm(time.strptime(body["metadata"]["deletionTimestamp"], "%Y-%m-%dT%H:%M:%SZ")))

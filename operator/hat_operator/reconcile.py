@@ -1,0 +1,239 @@
+"""Brings one HatDeployment from what is to what is wanted. Level-based: each call looks at everything anew.
+
+A call may be cut off anywhere (the process may be killed): the next one, here or in another process, carries on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hat_operator import devices, events, names, rollout, status
+from hat_operator.children import Children
+from hat_operator.cluster import Cluster, ClusterError, Object
+from hat_operator.deletion import Deletion
+from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
+from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
+from hat_operator.kinds import HATDEPLOYMENT, NODE, POD
+from hat_operator.settings import Settings
+from hat_operator.spec import Edge, HatDeployment, SpecError
+from hat_operator.status import CloudSeen, EdgeSeen, Problem
+
+
+@dataclass
+class _Site:
+    """The devices' side during one reconcile."""
+
+    children: Children | None = None
+    """None: there are no devices, or they cannot be reached."""
+    pods: list[Object] | None = None
+    nodes: list[Object] | None = None
+    away: Problem | None = None
+
+
+class Reconciler:
+    """Reconciles HatDeployments of the operator's own cluster."""
+
+    def __init__(self, home: Cluster, edges: EdgeClusters, settings: Settings) -> None:
+        self._home = home
+        self._edges = edges
+        self._settings = settings
+        self._deletion = Deletion(home, edges)
+
+    async def reconcile(self, namespace: str, name: str) -> float | None:
+        """One pass over one HatDeployment.
+
+        Returns:
+            Seconds after which to look again; None: at the next event or resync.
+
+        Raises:
+            ClusterError: the operator's own cluster refused or did not answer; try again later.
+        """
+        body = await self._home.get(HATDEPLOYMENT, name, namespace)
+        if body is None:
+            return None
+        if "deletionTimestamp" in body["metadata"]:
+            return await self._deletion.proceed(body)
+        try:
+            hat = HatDeployment.parse(body)
+            body = await self._complete(body, hat)
+            hat = HatDeployment.parse(body)
+            cloud, edge = await self._sides(hat, body.get("status", {}).get("devices", ()))
+        except SpecError as error:
+            await self._write_invalid(body, str(error))
+            return None
+        old = body.get("status", {})
+        await self._write_status(body, status.new_status(hat, old, cloud, edge, events.rfc3339()))
+        return None
+
+    async def _complete(self, body: Object, hat: HatDeployment) -> Object:
+        """Write what the operator adds: runtime.version once, and with a second cluster the finalizer."""
+        change: dict[str, Any] = {}
+        if not hat.spec.version:
+            # Once, so that the upgrade of the operator does not roll every HatDeployment.
+            change["spec"] = {"runtime": {"version": self._settings.version}}
+        remote = hat.spec.edge is not None and hat.spec.edge.cluster is not None
+        if remote and names.FINALIZER not in hat.finalizers:
+            change["metadata"] = {"finalizers": [*hat.finalizers, names.FINALIZER]}
+        if not remote and names.FINALIZER in hat.finalizers:
+            text = "edge.clusterRef was removed; what the operator made in the devices' cluster stays there"
+            await events.post(self._home, body, "Warning", "EdgeObjectsLeftBehind", text)
+            rest = [finalizer for finalizer in hat.finalizers if finalizer != names.FINALIZER]
+            change["metadata"] = {"finalizers": rest}
+        if not change:
+            return body
+        change.setdefault("metadata", {})["resourceVersion"] = body["metadata"]["resourceVersion"]
+        return await self._home.patch(body, change)
+
+    async def _sides(self, hat: HatDeployment, rows: Sequence[Object]) -> tuple[CloudSeen, EdgeSeen]:
+        cloud, local = await Children.read_home(self._home, hat)
+        site = await self._read_site(hat, local)
+        wanted = names.revision(hat, self._settings)
+        desired, seen = self._plan(hat, cloud, site, wanted)
+        problem = None
+        try:
+            await cloud.apply(desired.cloud)
+            # The Service knows its node port only now, and a Deployment of no replicas is ready at once.
+            desired, seen = self._plan(hat, cloud, site, wanted)
+            await cloud.apply(desired.cloud)
+            await cloud.prune(desired.cloud, desired.keeps)
+        except ClusterError as error:
+            if error.reason in ("Unreachable", "Unauthorized"):
+                raise
+            problem = Problem(_problem_reason(error), str(error))
+        return _cloud_seen(cloud, replace(seen, problem=problem)), await self._edge(
+            hat, desired, local, site, rows
+        )
+
+    def _plan(
+        self, hat: HatDeployment, cloud: Children, site: _Site, wanted: str
+    ) -> tuple[Desired, CloudSeen]:
+        deployments = rollout.by_revision(cloud.live.values())
+        service = cloud.service(names.cloud(hat))
+        if site.pods is not None:
+            draining = devices.revisions_in_use(site.pods, site.nodes)
+        else:
+            # Who cannot be asked may still be talking to any of them.
+            draining = frozenset(deployments) if site.away is not None else frozenset()
+        observed = Observed(
+            cloud_endpoint=rollout.live_endpoint(hat, service),
+            apis=cloud.apis,
+            serving_revision=rollout.serving_revision(wanted, deployments, service),
+            edge_apis=frozenset() if site.children is None else site.children.apis,
+            draining=draining,
+        )
+        endpoint = cloud_endpoint(hat, observed)
+        seen = CloudSeen(wanted, observed.serving_revision, endpoint=endpoint)
+        return desired_objects(hat, self._settings, observed), seen
+
+    async def _read_site(self, hat: HatDeployment, local: Children) -> _Site:
+        """Where the devices' objects are, and who the devices are."""
+        edge = hat.spec.edge
+        if edge is None:
+            return _Site()
+        try:
+            if edge.cluster is None:
+                children = local
+            else:
+                cluster = await self._edges.get(hat.namespace, edge.cluster)
+                children = await self._read_edge(cluster, hat)
+            site = _Site(children)
+            site.pods = await _list_pods(children.cluster, hat)
+            site.nodes = await _list_nodes(children.cluster, edge)
+        except EdgeUnreachable as error:
+            return _Site(away=Problem(error.reason, str(error)))
+        except ClusterError as error:
+            away = unreachable(error)
+            if away is None or edge.cluster is None:
+                raise
+            return _Site(away=Problem(away.reason, str(away)))
+        return site
+
+    async def _read_edge(self, cluster: Cluster, hat: HatDeployment) -> Children:
+        try:
+            return await Children.read_edge(cluster, hat)
+        except ClusterError as error:
+            if error.reason in ("Unreachable", "Unauthorized", "Forbidden"):
+                raise EdgeUnreachable(error.reason, str(error)) from None
+            raise EdgeUnreachable("Unreachable", str(error)) from None
+
+    async def _edge(
+        self, hat: HatDeployment, desired: Desired, local: Children, site: _Site, rows: Sequence[Object]
+    ) -> EdgeSeen:
+        edge = hat.spec.edge
+        if site.children is not local:
+            # Devices that were in this cluster before, or no devices any more.
+            await local.prune(())
+        if edge is None:
+            return EdgeSeen()
+        if site.children is None:
+            return EdgeSeen(unreachable=site.away)
+        problem = None
+        try:
+            await site.children.apply(desired.edge)
+            await site.children.prune(desired.edge, desired.keeps)
+        except ClusterError as error:
+            away = unreachable(error)
+            if away is not None and edge.cluster is not None:
+                return EdgeSeen(unreachable=Problem(away.reason, str(away)))
+            if away is not None:
+                raise
+            problem = Problem(_problem_reason(error), str(error))
+        updated = all(rollout.daemonset_done(obj) for obj in site.children.daemonsets())
+        fleet = None
+        if site.pods is not None:
+            fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
+        return EdgeSeen(fleet, updated, problem=problem)
+
+    async def _write_invalid(self, body: Object, message: str) -> None:
+        old, now = body.get("status", {}), events.rfc3339()
+        generation = body["metadata"].get("generation", 0)
+        kept = {key: value for key, value in old.items() if key != "conditions"}
+        found = status.conditions(status.invalid(message), old.get("conditions", ()), generation, now)
+        await self._write_status(body, {**kept, "conditions": found, "observedGeneration": generation})
+
+    async def _write_status(self, body: Object, new: Mapping[str, Any]) -> None:
+        old = body.get("status", {})
+        change = status.merge_patch(old, new)
+        if not change:
+            return
+        await self._home.patch(body, {"status": change}, "status")
+        for kind, reason, message in status.changes(old.get("conditions", ()), new["conditions"]):
+            await events.post(self._home, body, kind, reason, message)
+
+
+def _cloud_seen(cloud: Children, seen: CloudSeen) -> CloudSeen:
+    deployments = rollout.by_revision(cloud.live.values())
+    wanted = deployments.get(seen.wanted_revision)
+    serving = deployments.get(seen.serving_revision or seen.wanted_revision)
+    return replace(
+        seen,
+        replicas=0 if serving is None else int(serving.get("status", {}).get("replicas") or 0),
+        ready=rollout.ready_replicas(serving),
+        updated=wanted is not None and rollout.deployment_done(wanted),
+    )
+
+
+def _problem_reason(error: ClusterError) -> str:
+    return "NameConflict" if error.reason == "NameConflict" else f"Apply{error.reason}"
+
+
+async def _list_pods(cluster: Cluster, hat: HatDeployment) -> list[Object] | None:
+    selector = ",".join(f"{key}={value}" for key, value in names.selector(hat, names.EDGE).items())
+    return await _list_allowed(cluster.list(POD, names.edge_namespace(hat), selector))
+
+
+async def _list_nodes(cluster: Cluster, edge: Edge) -> list[Object] | None:
+    selector = ",".join(f"{key}={value}" for key, value in edge.match_labels.items())
+    return await _list_allowed(cluster.list(NODE, None, selector))
+
+
+async def _list_allowed(listing: Awaitable[list[Object]]) -> list[Object] | None:
+    """The list, None if the operator may not read these objects."""
+    try:
+        return await listing
+    except ClusterError as error:
+        if error.reason == "Forbidden":
+            return None
+        raise

@@ -1,0 +1,80 @@
+"""What live Deployments, Services and DaemonSets say about a rollout. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hat_operator import names
+from hat_operator.spec import HatDeployment
+
+Object = Mapping[str, Any]
+
+
+def revision_of(obj: Object) -> str | None:
+    """The revision in an object's labels."""
+    revision: str | None = obj["metadata"].get("labels", {}).get(names.LABEL_REVISION)
+    return revision
+
+
+def deployment_done(deployment: Object) -> bool:
+    """Whether all replicas are of the present template and ready, as its controller has seen it last."""
+    status, wanted = deployment.get("status", {}), deployment["spec"].get("replicas", 1)
+    return bool(
+        status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
+        and status.get("updatedReplicas", 0) >= wanted
+        and status.get("readyReplicas", 0) >= wanted
+    )
+
+
+def daemonset_done(daemonset: Object) -> bool:
+    """Whether each device has a pod of the present template; that it is ready is asked elsewhere."""
+    status = daemonset.get("status", {})
+    return bool(
+        status.get("observedGeneration", 0) >= daemonset["metadata"].get("generation", 0)
+        and status.get("updatedNumberScheduled", 0) >= status.get("desiredNumberScheduled", 0)
+    )
+
+
+def ready_replicas(deployment: Object | None) -> int:
+    """Replicas that serve."""
+    return 0 if deployment is None else int(deployment.get("status", {}).get("readyReplicas") or 0)
+
+
+def by_revision(objects: Iterable[Object]) -> dict[str, Object]:
+    """The Deployments among the objects."""
+    return {
+        revision: obj
+        for obj in objects
+        if obj["kind"] == "Deployment" and (revision := revision_of(obj)) is not None
+    }
+
+
+def serving_revision(wanted: str, deployments: Mapping[str, Object], service: Object | None) -> str | None:
+    """The revision that devices should be led to now.
+
+    The wanted one once all its replicas are ready; until then the one that the Service leads to, as long as at least
+    one of its replicas is ready. None: neither serves, so there is nothing to keep.
+    """
+    candidate = deployments.get(wanted)
+    if candidate is not None and deployment_done(candidate):
+        return wanted
+    selected = None if service is None else service["spec"].get("selector", {}).get(names.LABEL_REVISION)
+    return selected if selected and ready_replicas(deployments.get(selected)) else None
+
+
+def live_endpoint(hat: HatDeployment, service: Object | None) -> str | None:
+    """HOST:PORT that only the live Service knows: a node port that Kubernetes chose, or a load balancer's address."""
+    if service is None:
+        return None
+    expose = hat.spec.cloud.expose
+    if expose.type == "NodePort":
+        for port in service["spec"].get("ports", ()):
+            if port.get("name") == "grpc" and port.get("nodePort"):
+                return names.host_port(expose.host, port["nodePort"])
+        return None
+    for ingress in service.get("status", {}).get("loadBalancer", {}).get("ingress", ()):
+        host = ingress.get("ip") or ingress.get("hostname")
+        if host:
+            return names.host_port(host, expose.port)
+    return None
