@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hat_operator import names
+from hat_operator.spec import HatDeployment
+
+from tests.unit.operator.restricted import pods, violations
+from tests.unit.operator.samples import (
+    HUB,
+    REMOTE,
+    SCHEMA,
+    SETTINGS,
+    by_name,
+    desired,
+    hat,
+    main,
+    of_kind,
+    one,
+    option,
+)
+from tests.unit.operator.test_schema import change
+
+POD_MONITOR = "monitoring.coreos.com/v1/PodMonitor"
+FAR = {"clusterRef": REMOTE}
+BALANCED: dict[str, Any] = {"expose": {"type": "LoadBalancer"}}
+CLAIM = {"claim": {"name": "c"}}
+WEIGHTS = {"weights": {"claim": {"name": "w"}}}
+
+
+def live(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return copy.deepcopy(of_kind(objects, kind))
+
+
+# One changed value for every field of the spec, and what it takes around it.
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "suspend": (True, {}),
+    "model.source.hub": ("org/other", {}),
+    "model.source.claim.name": ("d", {"model": {"source": CLAIM}, "edge": WEIGHTS}),
+    "model.source.claim.path": ("sub", {"model": {"source": CLAIM}, "edge": WEIGHTS}),
+    "model.tokenSecretRef.name": ("other", {"model": {"source": HUB, "tokenSecretRef": {"name": "t"}}}),
+    "model.tokenSecretRef.key": ("other", {"model": {"source": HUB, "tokenSecretRef": {"name": "t"}}}),
+    "model.revision": ("v2", {}),
+    "model.dtype": ("float32", {}),
+    "split.inputLayers": (4, {}),
+    "runtime.version": ("2", {}),
+    "cloud.replicas": (2, {}),
+    "cloud.accelerator.type": (
+        "none",
+        {"cloud": {"accelerator": {"type": "nvidia.com/gpu", "count": 1}}},
+    ),
+    "cloud.resources.requests": ({"cpu": "3"}, {}),
+    "cloud.resources.limits": ({"cpu": "3"}, {}),
+    "cloud.maxSessions": (5, {}),
+    "cloud.image": ("mine:1", {}),
+    "cloud.expose.type": ("LoadBalancer", {}),
+    "cloud.expose.host": ("h", {}),
+    "cloud.expose.port": (9000, {}),
+    "cloud.expose.nodePort": (
+        30071,
+        {"cloud": {"expose": {"type": "NodePort", "host": "h", "nodePort": 30070}}},
+    ),
+    "cloud.template.nodeSelector": ({"a": "b"}, {}),
+    "cloud.template.tolerations": ([{"operator": "Exists"}], {}),
+    "cloud.template.labels": ({"a": "b"}, {}),
+    "cloud.template.annotations": ({"a": "b"}, {}),
+    "cloud.template.priorityClassName": ("p", {}),
+    "edge.clusterRef.namespace": ("other", {"edge": FAR, "cloud": BALANCED}),
+    "edge.deviceSelector.matchLabels": ({"a": "b"}, {}),
+    "edge.images": ([{"name": "x", "l4t": "", "arch": "arm64", "image": ""}], {}),
+    "edge.runtimeClassName": ("nvidia", {}),
+    "edge.accelerator.type": ("cuda", {}),
+    "edge.resources.requests": ({"cpu": "3"}, {}),
+    "edge.resources.limits": ({"cpu": "3"}, {}),
+    "edge.api.port": (80, {}),
+    "edge.api.hostPort": (80, {}),
+    "edge.api.modelName": ("m", {}),
+    "edge.api.keySecretRef.name": ("other", {"edge": {"api": {"keySecretRef": {"name": "k"}}}}),
+    "edge.api.keySecretRef.key": ("other", {"edge": {"api": {"keySecretRef": {"name": "k"}}}}),
+    "edge.weights.claim.name": ("v", {"edge": WEIGHTS}),
+    "edge.weights.claim.path": ("sub", {"edge": WEIGHTS}),
+    "edge.template.nodeSelector": ({"a": "b"}, {}),
+    "edge.template.tolerations": ([{"operator": "Exists"}], {}),
+    "edge.template.labels": ({"a": "b"}, {}),
+    "edge.template.annotations": ({"a": "b"}, {}),
+    "edge.template.priorityClassName": ("p", {}),
+    "chunking.tokens": (0, {}),
+    "imagePullSecrets": ([{"name": "s"}], {}),
+    "security.networkPolicies": (False, {}),
+    "observability.logLevel": ("debug", {}),
+    "observability.podMonitor": ("enabled", {}),
+}
+WITHOUT_OBJECTS = {
+    "mode": "one value in this version",
+    "cloud.tensorParallel": "one value in this version",
+    "cloud.accelerator.count": "follows from type: 0 or 1",
+    "edge.clusterRef.kubeconfigSecretRef.name": "says where objects are sent, not what they are",
+    "edge.clusterRef.kubeconfigSecretRef.key": "says where objects are sent, not what they are",
+    "edge.clusterRef.kubeconfigSecretRef.context": "says where objects are sent, not what they are",
+    "edge.deletionTimeoutSeconds": "is about deletion",
+    "speculation.drafter": "one value in this version",
+    "chunking.mode": "one value in this version",
+    "wire.uplink": "one value in this version",
+    "wire.downlink": "one value in this version",
+    "security.tls": "one value in this version",
+}
+
+
+def leaves(schema: dict[str, Any], path: str = "") -> Iterator[str]:
+    if "properties" not in schema:
+        yield path
+    for key, below in schema.get("properties", {}).items():
+        yield from leaves(below, f"{path}.{key}".lstrip("."))
+
+
+def test_the_two_tables_name_every_field() -> None:
+    assert set(leaves(SCHEMA["properties"]["spec"])) == set(CHANGES) | set(WITHOUT_OBJECTS)
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_every_field_changes_an_object(path: str) -> None:
+    value, around = CHANGES[path]
+    edge = copy.deepcopy(around.get("edge", {}))
+    spec = copy.deepcopy({key: item for key, item in around.items() if key != "edge"})
+    before = desired(hat(edge=edge, **spec), cloud_endpoint="lb:7070")
+    if path == "cloud.accelerator.type":
+        change(spec, "cloud.accelerator.count", 0)
+    if path.startswith("edge."):
+        change(edge, path.removeprefix("edge."), value)
+    else:
+        spec.setdefault("model", {"source": dict(HUB)})
+        change(spec, path, value)
+    after = desired(hat(edge=edge, **spec), cloud_endpoint="lb:7070")
+    assert (before.cloud, before.edge) != (after.cloud, after.edge)
+    if path.startswith("edge.") and not path.startswith("edge.api.port"):
+        assert before.cloud == after.cloud
+
+
+def every_kind() -> list[HatDeployment]:
+    return [
+        hat(),
+        hat(edge=FAR, cloud={**BALANCED, "accelerator": {"type": "nvidia.com/gpu", "count": 1}}),
+        hat(edge=WEIGHTS, model={"source": CLAIM}),
+        hat(
+            edge={
+                "images": [{"name": "orin", "l4t": "r36.4"}, {"name": "pi"}],
+                "accelerator": {"type": "cuda"},
+                "runtimeClassName": "nvidia",
+                "api": {"keySecretRef": {"name": "k"}},
+            },
+            model={"source": HUB, "tokenSecretRef": {"name": "t"}},
+        ),
+    ]
+
+
+@pytest.mark.parametrize("wanted", every_kind(), ids=range(4))
+def test_every_pod_keeps_to_the_restricted_standard(wanted: HatDeployment) -> None:
+    found = desired(wanted, cloud_endpoint="lb:7070")
+    seen = dict(pods(found.cloud + found.edge))
+    assert len(seen) >= 2
+    assert {name: violations(spec) for name, spec in seen.items()} == {name: [] for name in seen}
+    for spec in seen.values():
+        assert spec["automountServiceAccountToken"] is False
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+            assert "memory" in container["resources"]["limits"]
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted <= {volume["name"] for volume in spec["volumes"]}
+            assert "/tmp" in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_the_validator_refuses_what_the_standard_refuses() -> None:
+    open_pod: dict[str, Any] = {
+        "hostNetwork": True,
+        "volumes": [{"name": "h", "hostPath": {"path": "/"}}],
+        "containers": [{"name": "c", "securityContext": {"privileged": True, "runAsUser": 0}}],
+    }
+    assert len(violations(open_pod)) == 7
+
+
+@pytest.mark.parametrize("wanted", every_kind(), ids=range(4))
+def test_labels_names_and_determinism(wanted: HatDeployment) -> None:
+    found = desired(wanted, cloud_endpoint="lb:7070", apis=frozenset({POD_MONITOR}))
+    for component, objects in (("cloud", found.cloud), ("edge", found.edge)):
+        assert len(by_name(objects)) == len(objects)
+        for thing in objects:
+            assert thing["metadata"]["labels"].items() >= names.labels(wanted, component).items()
+    again = desired(copy.deepcopy(wanted), cloud_endpoint="lb:7070", apis=frozenset({POD_MONITOR}))
+    assert again == found
+
+
+def test_labels_of_users_do_not_replace_ours() -> None:
+    wanted = hat()
+    object.__setattr__(wanted.spec.cloud.template, "labels", {names.LABEL_REVISION: "x"})
+    thing = one(desired(wanted).cloud, "Deployment")
+    assert thing["spec"]["template"]["metadata"]["labels"][names.LABEL_REVISION] == names.revision(
+        wanted, SETTINGS
+    )
+
+
+def test_a_new_revision_starts_beside_the_serving_one_and_takes_over_when_ready() -> None:
+    old, new = hat(), hat(split={"inputLayers": 4})
+    old_revision, new_revision = names.revision(old, SETTINGS), names.revision(new, SETTINGS)
+    before = desired(old, serving_revision=old_revision)
+    during = desired(new, serving_revision=old_revision)
+    after = desired(new, serving_revision=new_revision)
+
+    (old_deployment,) = live(before.cloud, "Deployment")
+    (old_daemonset,) = live(before.edge, "DaemonSet")
+    assert one(during.cloud, "Deployment")["metadata"]["name"] == f"chat-cloud-{new_revision}"
+    assert during.keeps(old_deployment)
+    assert one(during.cloud, "Service")["spec"]["selector"][names.LABEL_REVISION] == old_revision
+    assert of_kind(during.edge, "DaemonSet") == []
+    assert during.keeps(old_daemonset)
+
+    assert one(after.cloud, "Service")["spec"]["selector"][names.LABEL_REVISION] == new_revision
+    pods_labels = one(after.edge, "DaemonSet")["spec"]["template"]["metadata"]["labels"]
+    assert pods_labels[names.LABEL_REVISION] == new_revision
+    assert not after.keeps(old_deployment)
+    assert not after.keeps(old_daemonset)
+    draining = desired(new, serving_revision=new_revision, draining=frozenset({old_revision}))
+    assert draining.keeps(old_deployment)
+
+
+def test_a_revision_that_was_overtaken_is_not_kept() -> None:
+    first, second, third = (hat(split={"inputLayers": layers}) for layers in (3, 4, 5))
+    (overtaken,) = live(desired(second).cloud, "Deployment")
+    assert not desired(third, serving_revision=names.revision(first, SETTINGS)).keeps(overtaken)
+
+
+def test_without_a_serving_revision_everything_is_made_at_once() -> None:
+    found = desired(hat())
+    assert len(of_kind(found.edge, "DaemonSet")) == 1
+    assert found.keep_revisions == frozenset()
+    assert not found.keep_daemonsets
+
+
+def test_only_deployments_and_daemonsets_are_kept() -> None:
+    during = desired(hat(split={"inputLayers": 4}), serving_revision=names.revision(hat(), SETTINGS))
+    for thing in desired(hat()).cloud:
+        assert during.keeps(thing) == (thing["kind"] == "Deployment")
+
+
+@pytest.mark.parametrize("serving", ["00000000", None])
+def test_suspend_stops_all_pods_and_keeps_the_rest(serving: str | None) -> None:
+    running, stopped = desired(hat()), desired(hat(suspend=True), serving_revision=serving)
+    assert one(stopped.cloud, "Deployment")["spec"]["replicas"] == 0
+    assert of_kind(stopped.edge, "DaemonSet") == []
+    for thing in [*running.cloud, *running.edge]:
+        assert not stopped.keeps(thing)
+    kept = set(by_name(running.cloud + running.edge)) - {("DaemonSet", "chat-edge-cpu")}
+    assert set(by_name(stopped.cloud + stopped.edge)) == kept
+
+
+def test_devices_wait_for_the_load_balancers_address() -> None:
+    wanted = hat(edge=FAR, cloud=BALANCED)
+    unknown, known = desired(wanted), desired(wanted, cloud_endpoint="198.51.100.7:7070")
+    assert of_kind(unknown.edge, "DaemonSet") == []
+    daemonset = one(known.edge, "DaemonSet")
+    assert option(main(daemonset), "--cloud") == "198.51.100.7:7070"
+    assert unknown.keeps(daemonset)
+
+
+def test_without_an_edge_there_is_only_the_cloud() -> None:
+    found = desired(HatDeployment.parse(_without_edge()))
+    assert found.edge == []
+    assert not found.keeps(one(desired(hat()).edge, "DaemonSet"))
+
+
+def _without_edge() -> dict[str, Any]:
+    from tests.unit.operator.samples import body
+
+    found = body()
+    del found["spec"]["edge"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("wish", "api", "made"),
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("enabled", False, True),
+        ("disabled", True, False),
+    ],
+)
+def test_pod_monitor(wish: str, api: bool, made: bool) -> None:
+    apis = frozenset({POD_MONITOR}) if api else frozenset()
+    found = desired(hat(observability={"podMonitor": wish}), apis=apis)
+    assert [len(of_kind(side, "PodMonitor")) for side in (found.cloud, found.edge)] == [int(made)] * 2
+
+
+def test_another_cluster_is_asked_for_its_own_apis() -> None:
+    wanted = hat(edge=FAR, cloud=BALANCED)
+    apis = frozenset({POD_MONITOR})
+    assert of_kind(desired(wanted, apis=apis).edge, "PodMonitor") == []
+    assert len(of_kind(desired(wanted, edge_apis=apis).edge, "PodMonitor")) == 1
