@@ -47,12 +47,13 @@ def template(source: str) -> str:
     crd = yaml.safe_load(source)
     if extra := set(crd["metadata"]) - {"name"}:
         raise ValueError(f"metadata: {sorted(extra)} would be lost in the chart")
-    body = yaml.dump(
+    body: str = yaml.dump(
         {"spec": crd["spec"]}, Dumper=PlainDumper, sort_keys=False, allow_unicode=True, width=100_000
     )
     if "{{" in body:
         raise ValueError("spec: holds '{{', which Helm takes for a template")
-    return HEAD % crd["metadata"]["name"] + body + TAIL
+    head = HEAD % crd["metadata"]["name"]
+    return f"{head}{body}{TAIL}"
 
 
 def main() -> int:
