@@ -14,6 +14,7 @@ from tests.unit.operator.samples import (
     REMOTE,
     SCHEMA,
     SETTINGS,
+    body,
     by_name,
     desired,
     hat,
@@ -29,10 +30,6 @@ FAR = {"clusterRef": REMOTE}
 BALANCED: dict[str, Any] = {"expose": {"type": "LoadBalancer"}}
 CLAIM = {"claim": {"name": "c"}}
 WEIGHTS = {"weights": {"claim": {"name": "w"}}}
-
-
-def live(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return copy.deepcopy(of_kind(objects, kind))
 
 
 # One changed value for every field of the spec, and what it takes around it.
@@ -209,8 +206,8 @@ def test_a_new_revision_starts_beside_the_serving_one_and_takes_over_when_ready(
     during = desired(new, serving_revision=old_revision)
     after = desired(new, serving_revision=new_revision)
 
-    (old_deployment,) = live(before.cloud, "Deployment")
-    (old_daemonset,) = live(before.edge, "DaemonSet")
+    (old_deployment,) = of_kind(before.cloud, "Deployment")
+    (old_daemonset,) = of_kind(before.edge, "DaemonSet")
     assert one(during.cloud, "Deployment")["metadata"]["name"] == f"chat-cloud-{new_revision}"
     assert during.keeps(old_deployment)
     assert one(during.cloud, "Service")["spec"]["selector"][names.LABEL_REVISION] == old_revision
@@ -228,7 +225,7 @@ def test_a_new_revision_starts_beside_the_serving_one_and_takes_over_when_ready(
 
 def test_a_revision_that_was_overtaken_is_not_kept() -> None:
     first, second, third = (hat(split={"inputLayers": layers}) for layers in (3, 4, 5))
-    (overtaken,) = live(desired(second).cloud, "Deployment")
+    (overtaken,) = of_kind(desired(second).cloud, "Deployment")
     assert not desired(third, serving_revision=names.revision(first, SETTINGS)).keeps(overtaken)
 
 
@@ -266,17 +263,11 @@ def test_devices_wait_for_the_load_balancers_address() -> None:
 
 
 def test_without_an_edge_there_is_only_the_cloud() -> None:
-    found = desired(HatDeployment.parse(_without_edge()))
+    cloud_only = body()
+    del cloud_only["spec"]["edge"]
+    found = desired(HatDeployment.parse(cloud_only))
     assert found.edge == []
     assert not found.keeps(one(desired(hat()).edge, "DaemonSet"))
-
-
-def _without_edge() -> dict[str, Any]:
-    from tests.unit.operator.samples import body
-
-    found = body()
-    del found["spec"]["edge"]
-    return found
 
 
 @pytest.mark.parametrize(

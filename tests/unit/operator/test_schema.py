@@ -26,7 +26,8 @@ def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
 
 
 def test_every_field_is_described() -> None:
-    assert [path for path, node in nodes(SCHEMA) if len(node.get("description", "")) < 5] == []
+    undescribed = {path for path, node in nodes(SCHEMA) if len(node.get("description", "")) < 5}
+    assert undescribed <= {".metadata"}  # Kubernetes' own
     assert len(list(nodes(SCHEMA))) > 100
 
 
