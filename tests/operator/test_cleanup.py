@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 from hat_operator import cleanup
 from kubernetes import client
 
@@ -72,11 +73,10 @@ def test_command_names_what_is_left(
 def test_refusal_is_no_success(
     control_plane: ControlPlane, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = Path(control_plane.kubeconfig).read_text()
+    content = yaml.safe_load(Path(control_plane.kubeconfig).read_text())
+    content["users"][0]["user"] = {"token": "wrong"}
     wrong = tmp_path / "kubeconfig"
-    wrong.write_text(
-        "\n".join("    token: wrong" if "token:" in line else line for line in text.splitlines())
-    )
+    wrong.write_text(yaml.safe_dump(content))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(wrong))
     monkeypatch.setenv("HAT_OPERATOR_NAMESPACES", namespace)
     assert cleanup.main(["--timeout", "5"]) == 1
