@@ -38,7 +38,7 @@ class Identity:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Identity:
-        """Read HAT_OPERATOR_LEASE_NAME, _POD_NAME and _POD_NAMESPACE; the last else from the pod's token, or default."""
+        """Read HAT_OPERATOR_LEASE_NAME, _POD_NAME and _POD_NAMESPACE (else the pod's own, else default)."""
         namespace = environment.get("HAT_OPERATOR_POD_NAMESPACE", "")
         if not namespace and _NAMESPACE_FILE.exists():
             namespace = _NAMESPACE_FILE.read_text().strip()
@@ -63,7 +63,7 @@ class Leader:
     async def acquire(self) -> None:
         """Return once this process holds the lease."""
         log.info("waiting for the lease %s/%s", self._identity.namespace, self._identity.lease)
-        while not await self._try(self._take):
+        while not await self._try(self._take):  # noqa: ASYNC110 - another process's doing is no event here
             await asyncio.sleep(RETRY_S)
         metrics.LEADER.set(1)
         log.info("leading as %s", self._identity.holder)
