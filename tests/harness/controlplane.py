@@ -36,6 +36,10 @@ _AUDIT_POLICY = {
 }
 
 
+class KubectlError(Exception):
+    """kubectl failed; the text holds its arguments and what it said."""
+
+
 class ControlPlane:
     """Starts the three programs on free ports of 127.0.0.1, with its own credentials, in a temporary folder.
 
@@ -120,7 +124,7 @@ class ControlPlane:
             "client_ca_file": folder / "ca.crt",
             "token_auth_file": folder / "tokens.csv",
             "service_account_issuer": "https://kubernetes.default.svc",
-            "service_account_key_file": folder / "accounts.key",
+            "service_account_key_file": folder / "accounts.pub",
             "service_account_signing_key_file": folder / "accounts.key",
             "authorization_mode": "RBAC",
             "cert_dir": folder / "apiserver",
@@ -156,7 +160,7 @@ class ControlPlane:
         return kube_config.new_client_from_config(str(self.kubeconfig))
 
     def kubectl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs kubectl as the administrator. Raises CalledProcessError where `check` and it fails."""
+        """Runs kubectl as the administrator. Raises KubectlError where `check` and it fails."""
         done = subprocess.run(
             [str(self._programs["kubectl"]), "--kubeconfig", str(self.kubeconfig), *arguments],
             env={**os.environ, "KUBECACHEDIR": str(self.folder / "kubectl")},
@@ -166,7 +170,7 @@ class ControlPlane:
             timeout=60,
         )
         if check and done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
+            raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
         return done
 
     def install_crds(self, folder: Path) -> None:

@@ -26,7 +26,8 @@ authorityKeyIdentifier = keyid
 
 @dataclass(frozen=True)
 class Credentials:
-    """Files in `folder`: ca.crt and ca.key, server.crt and server.key, accounts.key (service accounts), tokens.csv."""
+    """Files in `folder`: ca.crt and ca.key, server.crt and server.key, accounts.key and .pub
+    (service accounts), tokens.csv."""
 
     folder: Path
     admin: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
@@ -63,6 +64,7 @@ class Credentials:
                 "accounts.key",
             ),
         )
+        _openssl(self.folder, "pkey", "-in", "accounts.key", "-pubout", "-out", "accounts.pub")
         (self.folder / "tokens.csv").write_text(
             f"{self.admin},admin,admin,system:masters\n{self.controllers},controllers,controllers,system:masters\n"
         )
