@@ -70,6 +70,10 @@ fmt: $(STAMP)  ## rewrite the code in the project's style
 proto: $(STAMP)  ## regenerate the code of the .proto files
 	@hat_runtime/proto/generate.sh
 
+.PHONY: crd
+crd: $(STAMP)  ## write the chart's copy of the CRD
+	@$(BIN)/python scripts/chart_crd.py
+
 .PHONY: clean
 clean:  ## delete caches and build results (.venv and the model cache stay)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache dist

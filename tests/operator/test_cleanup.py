@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hat_operator import cleanup
 from kubernetes import client
 
+from hat_operator import cleanup
 from tests.harness.controlplane import ControlPlane
 from tests.operator.manifests import hat_deployment
 

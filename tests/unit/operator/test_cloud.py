@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from hat_operator.fields import SpecError
 from hat_operator.spec import HatDeployment
-
 from hat_runtime.cli.main import build_parser
 from tests.unit.operator.samples import HUB, by_name, desired, hat, main, one, option, pod
 

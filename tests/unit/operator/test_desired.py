@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from hat_operator import names
 from hat_operator.spec import HatDeployment
-
 from tests.unit.operator.restricted import pods, violations
 from tests.unit.operator.samples import (
     HUB,

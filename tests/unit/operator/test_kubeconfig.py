@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from hat_operator.kubeconfig import KubeconfigError, checked_kubeconfig, client_from_kubeconfig
 
 GOOD: dict[str, Any] = {

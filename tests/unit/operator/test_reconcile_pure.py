@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import pytest
+
 from hat_operator.diff import needs_apply
 from hat_operator.rollout import deployment_done, live_endpoint, serving_revision
 from hat_operator.spec import HatDeployment
-
 from tests.unit.operator.bodies import body
 
 DESIRED: dict[str, Any] = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hat_operator.render import render
 
+from hat_operator.render import render
 from hat_runtime.cli.main import main
 from tests.unit.operator.restricted import pods, violations
 from tests.unit.operator.test_schema import EXAMPLES, ROOT

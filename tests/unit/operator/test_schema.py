@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+
 from hat_operator.rules import RULES
 from hat_operator.schema import apply_defaults, load_crd, load_schema, problems
-
 from tests.unit.operator.samples import SCHEMA, body
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
+
 from hat_operator import names
 from hat_operator.quantity import canonical
 from hat_operator.settings import Settings, package_version
 from hat_operator.spec import HatDeployment, SpecError
-
 from hat_runtime.errors import UsageError
 from tests.unit.operator.samples import REMOTE, SETTINGS, body, hat
 

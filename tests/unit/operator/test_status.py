@@ -8,7 +8,6 @@ from hat_operator import status
 from hat_operator.devices import MAX_ROWS, fleet, revisions_in_use
 from hat_operator.spec import HatDeployment
 from hat_operator.status import CloudSeen, EdgeSeen, Problem
-
 from tests.unit.operator.bodies import body
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z"
