@@ -180,6 +180,12 @@ def test_claim_of_the_source_cannot_change(hats: Hats) -> None:
         assert "model.source: cannot be changed" in message
 
 
+@pytest.mark.parametrize("field", ["spec.edge", "spec.edge.clusterRef"])
+def test_edge_cannot_leave_its_cluster(hats: Hats, field: str) -> None:
+    live = hats.create(two_clusters())
+    assert "edge: cannot be removed" in hats.refusal(hats.replace, changed(live, {field: REMOVED}))
+
+
 @pytest.mark.parametrize("value", ["elsewhere", REMOVED], ids=["other", "removed"])
 def test_edge_namespace_cannot_change(hats: Hats, value: Any) -> None:
     live = hats.create(two_clusters())
