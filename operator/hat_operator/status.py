@@ -175,6 +175,8 @@ def changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
         if condition["type"] == READY and condition["status"] != "True" and last.get("status") != "True":
             continue  # the condition that it took the reason from has its own event
         lost = last.get("status") == "True" and condition["status"] != "True"
+        # A new revision that has not loaded the model yet takes nothing from anyone.
+        lost = lost and condition["reason"] != "NotLoadedYet"
         bad = condition["reason"] not in _EXPECTED and condition["status"] == "False"
         warning = condition["type"] != PROGRESSING and (lost or bad) and condition["reason"] != "Suspended"
         text = f"{condition['type']} is {condition['status']}: {condition['message']}"

@@ -1,0 +1,299 @@
+"""HatDeployments reconciled against real API servers; there are no nodes, so pods' readiness is written by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hat_operator import names, rollout
+from hat_operator.cluster import Cluster
+from hat_operator.edges import EdgeClusters
+from hat_operator.kinds import (
+    DAEMONSET,
+    DEPLOYMENT,
+    EVENT,
+    HATDEPLOYMENT,
+    NETWORK_POLICY,
+    POD,
+    SECRET,
+    SERVICE,
+)
+from hat_operator.kubeconfig import client_from_kubeconfig
+from hat_operator.reconcile import Reconciler
+from hat_operator.settings import Settings
+from tests.harness.controlplane import ControlPlane
+from tests.operator.manifests import hat_deployment
+from tests.operator.test_cluster import inline
+
+SELECTOR = {"deviceSelector": {"matchLabels": {"hat.dev/device": "true"}}}
+
+
+class Home:
+    """The operator's side of one test."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster, self.namespace = cluster, namespace
+        self.reconciler = Reconciler(cluster, EdgeClusters(cluster), Settings(version="9.9"))
+
+    async def create(self, **spec: Any) -> None:
+        body = hat_deployment("chat", **spec)
+        body["metadata"]["namespace"] = self.namespace
+        await self.cluster.create(body)
+
+    async def patch(self, **spec: Any) -> None:
+        await self.cluster.patch(await self.hat(), {"spec": spec})
+
+    async def hat(self) -> dict[str, Any]:
+        found = await self.cluster.get(HATDEPLOYMENT, "chat", self.namespace)
+        assert found is not None
+        return found
+
+    async def reconcile(self) -> float | None:
+        return await self.reconciler.reconcile(self.namespace, "chat")
+
+    async def conditions(self) -> dict[str, tuple[str, str]]:
+        found = (await self.hat())["status"]["conditions"]
+        return {item["type"]: (item["status"], item["reason"]) for item in found}
+
+    async def deployments(self) -> list[dict[str, Any]]:
+        return await self.cluster.list(DEPLOYMENT, self.namespace)
+
+    async def serve(self, revision: str) -> None:
+        """Say what a kubelet would say of the cloud's pods of a revision, and wait for the controllers to notice."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for pod in await self.cluster.list(POD, self.namespace, f"{names.LABEL_REVISION}={revision}"):
+                ready = [{"type": "Ready", "status": "True"}]
+                if pod["metadata"]["labels"][names.LABEL_COMPONENT] == names.CLOUD:
+                    status = {"phase": "Running", "conditions": ready}
+                    await self.cluster.patch(pod, {"status": status}, "status")
+            for deployment in await self.deployments():
+                if rollout.revision_of(deployment) == revision and rollout.deployment_done(deployment):
+                    return
+            await asyncio.sleep(0.1)
+        pytest.fail(f"revision {revision} did not become ready")
+
+    async def events(self) -> dict[str, str]:
+        return {item["reason"]: item["type"] for item in await self.cluster.list(EVENT, self.namespace)}
+
+
+@pytest.fixture
+def home(control_plane: ControlPlane, namespace: str) -> Iterator[Home]:
+    cluster = Cluster(client_from_kubeconfig(inline(control_plane)))
+    yield Home(cluster, namespace)
+    cluster.close()
+
+
+@pytest.fixture
+def site(edge_plane: ControlPlane) -> Iterator[tuple[Cluster, str]]:
+    """A namespace in the devices' cluster."""
+    cluster = Cluster(client_from_kubeconfig(inline(edge_plane)))
+    with edge_plane.namespace() as name:
+        yield cluster, name
+    cluster.close()
+
+
+async def store_kubeconfig(home: Home, text: str) -> None:
+    found = await home.cluster.get(SECRET, "site", home.namespace)
+    data = {"kubeconfig": base64.b64encode(text.encode()).decode()}
+    if found is not None:
+        await home.cluster.patch(found, {"data": data})
+        return
+    meta = {"name": "site", "namespace": home.namespace}
+    await home.cluster._request("post", SECRET.path(home.namespace), body={"metadata": meta, "data": data})
+
+
+def remote(namespace: str, **edge: Any) -> dict[str, Any]:
+    ref = {"kubeconfigSecretRef": {"name": "site"}, "namespace": namespace}
+    return {
+        "edge": {**SELECTOR, "clusterRef": ref, **edge},
+        "cloud": {"expose": {"type": "NodePort", "host": "cloud.example.com"}},
+    }
+
+
+def writes(plane: ControlPlane, namespace: str) -> list[str]:
+    """The operator's writes to children and HatDeployments of a namespace, by the server's audit log."""
+    verbs = {"create", "update", "patch", "delete"}
+    return [
+        f"{event['verb']} {event['objectRef']['resource']} {event['objectRef'].get('name')}"
+        for event in plane.audit_events()
+        if event["verb"] in verbs
+        and event.get("objectRef", {}).get("namespace") == namespace
+        and "controller" not in event["user"]["username"]
+        and not event["user"]["username"].startswith("system:serviceaccount")
+    ]
+
+
+async def test_children_version_and_no_finalizer(home: Home) -> None:
+    await home.create(edge=SELECTOR)
+    await home.reconcile()
+    hat = await home.hat()
+    assert hat["spec"]["runtime"]["version"] == "9.9"
+    assert "finalizers" not in hat["metadata"]
+    assert hat["metadata"].get("annotations", {}) == {}
+    assert hat["status"]["observedGeneration"] == hat["metadata"]["generation"]
+    for kind, name in ((SERVICE, "chat-cloud"), (DAEMONSET, "chat-edge-cpu")):
+        child = await home.cluster.get(kind, name, home.namespace)
+        assert child is not None
+        assert child["metadata"]["ownerReferences"][0]["uid"] == hat["metadata"]["uid"]
+    assert (await home.conditions())["CloudReady"] == ("False", "WaitingForReplicas")
+
+
+async def test_a_second_pass_writes_nothing(home: Home, control_plane: ControlPlane) -> None:
+    await home.create(edge=SELECTOR, cloud={"expose": {"type": "NodePort", "host": "h"}})
+    await home.reconcile()
+    await settled(home)
+    before = writes(control_plane, home.namespace)
+    for _ in range(3):
+        await home.reconcile()
+    assert writes(control_plane, home.namespace)[len(before) :] == []
+
+
+async def settled(home: Home) -> None:
+    """Wait until the cluster's controllers have seen all children, then take their words into status."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        children = await home.deployments() + await home.cluster.list(DAEMONSET, home.namespace)
+        seen = [
+            item.get("status", {}).get("observedGeneration") == item["metadata"]["generation"]
+            for item in children
+        ]
+        if all(seen):
+            break
+    await home.reconcile()
+
+
+async def test_drift_is_repaired_and_strays_are_pruned(home: Home) -> None:
+    await home.create(edge=SELECTOR)
+    await home.reconcile()
+    (deployment,) = await home.deployments()
+    await home.cluster.patch(deployment, {"spec": {"replicas": 7}})
+    service = await home.cluster.get(SERVICE, "chat-edge", home.namespace)
+    assert service is not None
+    await home.cluster.delete(service)
+    policies = await home.cluster.list(NETWORK_POLICY, home.namespace)
+    assert len(policies) == 2
+    foreign = {**policies[0], "metadata": {"name": "theirs", "namespace": home.namespace}}
+    await home.cluster.create(foreign)
+    images = [{"name": "pc", "arch": "amd64"}]
+    await home.patch(edge={**SELECTOR, "images": images}, security={"networkPolicies": False})
+    await home.reconcile()
+    (deployment,) = await home.deployments()
+    assert deployment["spec"]["replicas"] == 1
+    assert await home.cluster.get(SERVICE, "chat-edge", home.namespace) is not None
+    left = await home.cluster.list(NETWORK_POLICY, home.namespace)
+    assert [item["metadata"]["name"] for item in left] == ["theirs"]
+    daemonsets = await home.cluster.list(DAEMONSET, home.namespace)
+    assert [item["metadata"]["name"] for item in daemonsets] == ["chat-edge-pc"]
+
+
+async def test_blue_green(home: Home) -> None:
+    await home.create(edge=SELECTOR)
+    await home.reconcile()
+    (old,) = await home.deployments()
+    old_revision = old["metadata"]["labels"][names.LABEL_REVISION]
+    await home.serve(old_revision)
+    await home.reconcile()
+    assert (await home.conditions())["CloudReady"] == ("True", "ReplicasReady")
+
+    await home.patch(split={"inputLayers": 4})
+    await home.reconcile()
+    (new,) = [item for item in await home.deployments() if item["metadata"]["uid"] != old["metadata"]["uid"]]
+    new_revision = new["metadata"]["labels"][names.LABEL_REVISION]
+    assert len(await home.deployments()) == 2
+    assert await selected(home) == old_revision
+    assert (await daemonset(home))["metadata"]["labels"][names.LABEL_REVISION] == old_revision
+    assert (await home.conditions())["Progressing"] == ("True", "NewRevisionStarting")
+    assert (await home.conditions())["CloudReady"] == ("True", "ReplicasReady")
+
+    await home.serve(new_revision)
+    await home.reconcile()
+    assert [rollout.revision_of(item) for item in await home.deployments()] == [new_revision]
+    assert await selected(home) == new_revision
+    assert (await daemonset(home))["metadata"]["labels"][names.LABEL_REVISION] == new_revision
+    assert (await home.hat())["status"]["cloud"]["revision"] == new_revision
+
+
+async def selected(home: Home) -> str:
+    service = await home.cluster.get(SERVICE, "chat-cloud", home.namespace)
+    assert service is not None
+    return str(service["spec"]["selector"][names.LABEL_REVISION])
+
+
+async def daemonset(home: Home) -> dict[str, Any]:
+    found = await home.cluster.get(DAEMONSET, "chat-edge-cpu", home.namespace)
+    assert found is not None
+    return found
+
+
+async def test_devices_of_another_cluster(
+    home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
+) -> None:
+    edge, namespace = site
+    await store_kubeconfig(home, inline(edge_plane))
+    await home.create(**remote(namespace))
+    await home.reconcile()
+    hat = await home.hat()
+    assert hat["metadata"]["finalizers"] == [names.FINALIZER]
+    assert (await home.conditions())["EdgeClusterReachable"] == ("True", "Reachable")
+    (found,) = await edge.list(DAEMONSET, namespace)
+    assert "ownerReferences" not in found["metadata"]
+    assert hat["status"]["cloud"]["endpoint"] in str(found["spec"])
+    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
+    assert await home.reconcile() is None
+    assert await edge.list(DAEMONSET, namespace) == []
+    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+
+
+async def test_reasons_of_an_edge_cluster_that_cannot_be_used(
+    home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
+) -> None:
+    _, namespace = site
+    good = inline(edge_plane)
+    await home.create(**remote(namespace))
+
+    async def reason() -> str:
+        await home.reconcile()
+        return (await home.conditions())["EdgeClusterReachable"][1]
+
+    assert await reason() == "SecretNotFound"
+    await store_kubeconfig(home, "users: [{name: x, user: {exec: {command: id}}}]")
+    assert await reason() == "KubeconfigInvalid"
+    port = edge_plane.server.rpartition(":")[2]
+    await store_kubeconfig(home, good.replace(f":{port}", ":1"))
+    assert await reason() == "Unreachable"
+    await store_kubeconfig(home, good)
+    assert await reason() == "Reachable"
+    assert (await home.events())["KubeconfigInvalid"] == "Warning"
+
+
+async def test_deletion_gives_up_an_edge_cluster_that_stays_away(home: Home) -> None:
+    await home.create(**remote("devices", deletionTimeoutSeconds=2))
+    await home.reconcile()
+    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
+    wait_s = await home.reconcile()
+    assert wait_s is not None
+    assert 0 < wait_s <= 5
+    time.sleep(3)
+    assert await home.reconcile() is None
+    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+    assert (await home.events())["EdgeObjectsLeftBehind"] == "Warning"
+
+
+async def test_suspend_and_resume(home: Home) -> None:
+    await home.create(edge=SELECTOR)
+    await home.reconcile()
+    await home.patch(suspend=True)
+    await home.reconcile()
+    (deployment,) = await home.deployments()
+    assert deployment["spec"]["replicas"] == 0
+    assert await home.cluster.list(DAEMONSET, home.namespace) == []
+    assert (await home.conditions())["Ready"] == ("False", "Suspended")
+    await home.patch(suspend=False)
+    await home.reconcile()
+    assert len(await home.cluster.list(DAEMONSET, home.namespace)) == 1
