@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import urllib3
@@ -210,9 +211,17 @@ class Cluster:
         return await loop.run_in_executor(self._threads, _guarded(self._send, method, path, options))
 
     def _send(self, method: str, path: str, options: Mapping[str, Any]) -> Object:
-        response = self._client.request(
-            method, path, serialize=False, _request_timeout=REQUEST_TIMEOUT_S, **options
+        send = partial(
+            self._client.request, method, path, serialize=False, _request_timeout=REQUEST_TIMEOUT_S, **options
         )
+        try:
+            response = send()
+        except urllib3.exceptions.HTTPError as error:
+            # A kept connection that the server had closed; a timeout is not worth another one.
+            cause = getattr(error, "reason", None) or error
+            if method != "get" or not isinstance(cause, urllib3.exceptions.ProtocolError):
+                raise
+            response = send()
         result: Object = json.loads(response.data)
         return result
 

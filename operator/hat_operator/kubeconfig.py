@@ -112,6 +112,6 @@ def _entries(content: Mapping[str, Any], plural: str, singular: str) -> dict[str
 def _configuration() -> client.Configuration:
     # type.__call__ passes by the default that a library may have set for the whole process.
     configuration = type.__call__(client.Configuration)
-    # An address that does not answer must cost one timeout; a kept connection that broke is worth one more try.
-    configuration.retries = Retry(total=1, connect=0, read=1, redirect=0, status=0, other=0)
+    # An address that does not answer must cost one timeout. Cluster tries again where a kept connection broke.
+    configuration.retries = Retry(total=0, connect=0, read=0, redirect=0, status=0, other=0)
     return configuration
