@@ -176,7 +176,7 @@ class ControlPlane:
     def install_crds(self, folder: Path) -> None:
         """Applies all files of `folder` as a user would, and waits until their resources are served."""
         self.kubectl("apply", "--server-side", "-f", str(folder))
-        self.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
+        self._wait("kube-apiserver", lambda: _why_not_established(self.client()))
 
     @contextmanager
     def namespace(self) -> Iterator[str]:
@@ -230,6 +230,15 @@ class ControlPlane:
                 return error.read(500).decode(errors="replace")
         except OSError as error:
             return str(error)
+
+
+def _why_not_established(client: kube.ApiClient) -> str | None:
+    """None when all CRDs are served. `kubectl wait` fails on a CRD that has no conditions yet."""
+    for crd in kube.ApiextensionsV1Api(client).list_custom_resource_definition().items:
+        conditions = (crd.status and crd.status.conditions) or []
+        if not any(one.type == "Established" and one.status == "True" for one in conditions):
+            return f"{crd.metadata.name} is not established"
+    return None
 
 
 def _why_no_account(core: kube.CoreV1Api, namespace: str) -> str | None:
