@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from hat_operator.plain_yaml import PlainDumper
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "crds" / "hat.dev_hatdeployments.yaml"
@@ -28,14 +29,6 @@ metadata:
     helm.sh/resource-policy: keep
 """
 TAIL = "{{- end }}\n"
-
-
-class PlainDumper(yaml.SafeDumper):
-    """Writes shared parts out in full: Helm and kubectl read anchors, but people diff and review the result."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Never an alias."""
-        return True
 
 
 def template(source: str) -> str:

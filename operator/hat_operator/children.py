@@ -84,7 +84,7 @@ class Children:
                 applied = await self.cluster.apply(obj, self.live.get(key_of(obj)))
                 self.live[key_of(obj)] = applied.live
             except ClusterError as error:
-                if error.reason in ("Unreachable", "Unauthorized"):
+                if error.cluster_away:
                     raise
                 failure = failure or error
         if failure is not None:

@@ -17,10 +17,12 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
+from hat_operator import names
+from hat_operator.kubeconfig import own_client
 from hat_operator.settings import Settings
 from hat_runtime.errors import UsageError
 
-GROUP, VERSION, PLURAL = "hat.dev", "v1alpha1", "hatdeployments"
+_RESOURCE = (names.GROUP, names.VERSION)
 POLL_S = 2.0
 REQUEST_TIMEOUT_S = 10.0
 
@@ -43,7 +45,7 @@ class HatDeployments:
                 if self._namespaces
                 else [
                     self._api.list_cluster_custom_object(
-                        GROUP, VERSION, PLURAL, _request_timeout=REQUEST_TIMEOUT_S
+                        *_RESOURCE, names.PLURAL, _request_timeout=REQUEST_TIMEOUT_S
                     )
                 ]
             )
@@ -59,7 +61,7 @@ class HatDeployments:
 
     def _list_namespace(self, namespace: str) -> dict[str, list[dict[str, dict[str, str]]]]:
         found: dict[str, list[dict[str, dict[str, str]]]] = self._api.list_namespaced_custom_object(
-            GROUP, VERSION, namespace, PLURAL, _request_timeout=REQUEST_TIMEOUT_S
+            *_RESOURCE, namespace, names.PLURAL, _request_timeout=REQUEST_TIMEOUT_S
         )
         return found
 
@@ -67,16 +69,16 @@ class HatDeployments:
         """Asks for the deletion of one; it need not exist. Raises ApiException."""
         try:
             self._api.delete_namespaced_custom_object(
-                GROUP, VERSION, name[0], PLURAL, name[1], _request_timeout=REQUEST_TIMEOUT_S
+                *_RESOURCE, name[0], names.PLURAL, name[1], _request_timeout=REQUEST_TIMEOUT_S
             )
         except ApiException as error:
             if error.status != 404:
                 raise
 
 
-def listed(names: Iterable[Name]) -> str:
+def listed(found: Iterable[Name]) -> str:
     """The names for people, as NAMESPACE/NAME."""
-    return ", ".join("/".join(name) for name in sorted(names))
+    return ", ".join("/".join(name) for name in sorted(found))
 
 
 def clean_up(hats: HatDeployments, timeout_s: float, poll_s: float = POLL_S) -> set[Name]:
@@ -108,14 +110,6 @@ def clean_up(hats: HatDeployments, timeout_s: float, poll_s: float = POLL_S) -> 
         time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
 
 
-def load_config() -> None:
-    """Uses the pod's ServiceAccount, or the user's kubeconfig outside a pod. Raises ConfigException."""
-    try:
-        config.load_incluster_config()
-    except config.ConfigException:
-        config.load_kube_config()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0 when nothing is left, 1 when the time is over or the API server refuses, 2 for a wrong setting."""
     parser = argparse.ArgumentParser(
@@ -127,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--timeout: {options.timeout:g} is not a number of seconds above 0")
     try:
         settings = Settings.from_environment(os.environ)
-        load_config()
-        left = clean_up(HatDeployments(client.CustomObjectsApi(), settings.namespaces), options.timeout)
+        hats = HatDeployments(client.CustomObjectsApi(own_client()), settings.namespaces)
+        left = clean_up(hats, options.timeout)
     except (UsageError, config.ConfigException) as error:
         print(error, file=sys.stderr)
         return 2

@@ -41,6 +41,11 @@ class ClusterError(Exception):
         super().__init__(message)
         self.reason = reason
 
+    @property
+    def cluster_away(self) -> bool:
+        """The whole cluster does not answer or knows us no more; no other request would fare better."""
+        return self.reason in ("Unreachable", "Unauthorized")
+
 
 @dataclass(frozen=True)
 class Applied:

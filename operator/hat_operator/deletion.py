@@ -58,10 +58,10 @@ class Deletion:
         return None
 
     async def _clean(self, hat: HatDeployment) -> None:
-        edge = hat.spec.edge
-        if edge is None or edge.cluster is None:
+        ref = hat.spec.edge_cluster
+        if ref is None:
             return
-        cluster = await self._edges.get(hat.namespace, edge.cluster)
+        cluster = await self._edges.get(hat.namespace, ref)
         try:
             children = await Children.read_edge(cluster, hat)
             await children.prune(())

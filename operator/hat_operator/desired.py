@@ -8,6 +8,7 @@ from typing import Any
 
 from hat_operator import names
 from hat_operator.objects import cloud, edge, monitor, policies
+from hat_operator.rollout import revision_of
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
 
@@ -44,8 +45,7 @@ class Desired:
         """Whether a live object of this HatDeployment that is not among the desired ones must stay."""
         if live["kind"] == "DaemonSet":
             return self.keep_daemonsets
-        revision = live["metadata"].get("labels", {}).get(names.LABEL_REVISION)
-        return live["kind"] == "Deployment" and revision in self.keep_revisions
+        return live["kind"] == "Deployment" and revision_of(live) in self.keep_revisions
 
 
 def desired_objects(hat: HatDeployment, settings: Settings, observed: Observed) -> Desired:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hat_operator import names
+from hat_operator.rollout import revision_of
 
 MAX_ROWS = 200
 READY, NOT_READY, LOST, PENDING = "Ready", "NotReady", "Lost", "Pending"
@@ -74,7 +75,7 @@ def revisions_in_use(
     """Revisions of the pods on devices that answer: their cloud must stay until they have moved."""
     lost = {node["metadata"]["name"] for node in nodes or () if not node_ready(node)}
     found = {
-        pod["metadata"].get("labels", {}).get(names.LABEL_REVISION)
+        revision_of(pod)
         for pod in pods
         if node_of(pod) not in lost and pod.get("status", {}).get("phase") == "Running"
     }

@@ -84,6 +84,4 @@ class EdgeClusters:
 
 def unreachable(error: ClusterError) -> EdgeUnreachable | None:
     """What a failed request says about the whole cluster; None if only that request failed."""
-    if error.reason in ("Unauthorized", "Unreachable"):
-        return EdgeUnreachable(error.reason, str(error))
-    return None
+    return EdgeUnreachable(error.reason, str(error)) if error.cluster_away else None

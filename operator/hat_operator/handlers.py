@@ -15,7 +15,7 @@ import kopf
 from hat_operator import names
 from hat_operator.worker import Worker
 
-_CHILD = {"app.kubernetes.io/managed-by": names.FIELD_MANAGER}
+_CHILD = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER}
 
 
 @kopf.on.startup()

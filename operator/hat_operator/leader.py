@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from hat_operator import metrics
 from hat_operator.cluster import Cluster, ClusterError, Object
@@ -63,7 +62,7 @@ class Leader:
     async def acquire(self) -> None:
         """Return once this process holds the lease."""
         log.info("waiting for the lease %s/%s", self._identity.namespace, self._identity.lease)
-        while not await self._try(self._take):  # noqa: ASYNC110 - another process's doing is no event here
+        while not await self._try():  # noqa: ASYNC110 - another process's doing is no event here
             await asyncio.sleep(RETRY_S)
         metrics.LEADER.set(1)
         log.info("leading as %s", self._identity.holder)
@@ -75,7 +74,7 @@ class Leader:
             left = self._lease_s - 1.0 - (time.monotonic() - self._renewed)
             try:
                 async with asyncio.timeout(max(left, 0.1)):
-                    await self._try(self._take)
+                    await self._try()
             except TimeoutError:
                 log.error("the lease could not be renewed in time")
                 break
@@ -96,9 +95,9 @@ class Leader:
         except ClusterError as error:
             log.warning("the lease was not given back: %s", error)
 
-    async def _try(self, attempt: Callable[[], Any]) -> bool:
+    async def _try(self) -> bool:
         try:
-            return bool(await attempt())
+            return await self._take()
         except ClusterError as error:
             log.warning("lease: %s: %s", error.reason, error)
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from hat_operator.settings import Settings
@@ -24,6 +25,7 @@ LABEL_REVISION = f"{GROUP}/revision"
 LABEL_L4T = f"{GROUP}/l4t"
 LABEL_IMAGE = f"{GROUP}/image"
 """Which of edge.images a device's pod runs: DaemonSets must not select each other's pods."""
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_COMPONENT = "app.kubernetes.io/component"
 LABEL_ARCH = "kubernetes.io/arch"
 CLOUD = "cloud"
@@ -38,7 +40,7 @@ def labels(hat: HatDeployment, component: str) -> dict[str, str]:
     """Labels of every object of one side."""
     return {
         "app.kubernetes.io/name": "hat",
-        "app.kubernetes.io/managed-by": FIELD_MANAGER,
+        LABEL_MANAGED_BY: FIELD_MANAGER,
         LABEL_COMPONENT: component,
         LABEL_DEPLOYMENT: hat.name,
         LABEL_NAMESPACE: hat.namespace,
@@ -55,18 +57,26 @@ def selector(hat: HatDeployment, component: str, revision: str | None = None) ->
     return found if revision is None else {**found, LABEL_REVISION: revision}
 
 
+def selector_text(labels: Mapping[str, str]) -> str:
+    """Labels as the API's label selectors are written."""
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
 def children_selector(hat: HatDeployment) -> str:
     """Label selector, as text, of every object that the operator made for this HatDeployment."""
-    return (
-        f"app.kubernetes.io/managed-by={FIELD_MANAGER},"
-        f"{LABEL_DEPLOYMENT}={hat.name},{LABEL_NAMESPACE}={hat.namespace}"
+    return selector_text(
+        {
+            LABEL_MANAGED_BY: FIELD_MANAGER,
+            LABEL_DEPLOYMENT: hat.name,
+            LABEL_NAMESPACE: hat.namespace,
+        }
     )
 
 
 def metadata(hat: HatDeployment, component: str, name: str, namespace: str) -> dict[str, Any]:
     """Metadata of one object. The HatDeployment owns it, unless it is in another cluster or no cluster knows it yet."""
     found: dict[str, Any] = {"name": name, "namespace": namespace, "labels": labels(hat, component)}
-    remote = component == EDGE and hat.spec.edge is not None and hat.spec.edge.cluster is not None
+    remote = component == EDGE and hat.spec.edge_cluster is not None
     if hat.uid and not remote:
         owner = {"apiVersion": API_VERSION, "kind": KIND, "name": hat.name, "uid": hat.uid}
         found["ownerReferences"] = [{**owner, "controller": True, "blockOwnerDeletion": True}]
@@ -117,8 +127,8 @@ def edge_daemonset(hat: HatDeployment, image: str) -> str:
 
 def edge_namespace(hat: HatDeployment) -> str:
     """Namespace of the devices' objects."""
-    edge = hat.spec.edge
-    return hat.namespace if edge is None or edge.cluster is None else edge.cluster.namespace
+    cluster = hat.spec.edge_cluster
+    return hat.namespace if cluster is None else cluster.namespace
 
 
 def host_port(host: str, port: int) -> str:

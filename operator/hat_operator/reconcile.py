@@ -57,8 +57,10 @@ class Reconciler:
             return await self._deletion.proceed(body)
         try:
             hat = HatDeployment.parse(body)
-            body = await self._complete(body, hat)
-            hat = HatDeployment.parse(body)
+            completed = await self._complete(body, hat)
+            if completed is not body:
+                body = completed
+                hat = HatDeployment.parse(body)
             cloud, edge = await self._sides(hat, body.get("status", {}).get("devices", ()))
         except SpecError as error:
             await self._write_invalid(body, str(error))
@@ -73,7 +75,7 @@ class Reconciler:
         if not hat.spec.version:
             # Once, so that the upgrade of the operator does not roll every HatDeployment.
             change["spec"] = {"runtime": {"version": self._settings.version}}
-        remote = hat.spec.edge is not None and hat.spec.edge.cluster is not None
+        remote = hat.spec.edge_cluster is not None
         if remote and names.FINALIZER not in hat.finalizers:
             change["metadata"] = {"finalizers": [*hat.finalizers, names.FINALIZER]}
         if not remote and names.FINALIZER in hat.finalizers:
@@ -95,11 +97,13 @@ class Reconciler:
         try:
             await cloud.apply(desired.cloud)
             # The Service knows its node port only now, and a Deployment of no replicas is ready at once.
+            before = desired.cloud
             desired, seen = self._plan(hat, cloud, site, wanted)
-            await cloud.apply(desired.cloud)
+            if desired.cloud != before:
+                await cloud.apply(desired.cloud)
             await cloud.prune(desired.cloud, desired.keeps)
         except ClusterError as error:
-            if error.reason in ("Unreachable", "Unauthorized"):
+            if error.cluster_away:
                 raise
             problem = Problem(_problem_reason(error), str(error))
         return _cloud_seen(cloud, replace(seen, problem=problem)), await self._edge(
@@ -220,13 +224,12 @@ def _problem_reason(error: ClusterError) -> str:
 
 
 async def _list_pods(cluster: Cluster, hat: HatDeployment) -> list[Object] | None:
-    selector = ",".join(f"{key}={value}" for key, value in names.selector(hat, names.EDGE).items())
+    selector = names.selector_text(names.selector(hat, names.EDGE))
     return await _list_allowed(cluster.list(POD, names.edge_namespace(hat), selector))
 
 
 async def _list_nodes(cluster: Cluster, edge: Edge) -> list[Object] | None:
-    selector = ",".join(f"{key}={value}" for key, value in edge.match_labels.items())
-    return await _list_allowed(cluster.list(NODE, None, selector))
+    return await _list_allowed(cluster.list(NODE, None, names.selector_text(edge.match_labels)))
 
 
 async def _list_allowed(listing: Awaitable[list[Object]]) -> list[Object] | None:

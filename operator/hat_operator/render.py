@@ -41,9 +41,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     import yaml
 
+    from hat_operator.plain_yaml import PlainDumper
+
     desired = render(_read(args.file), args.file, args.registry.rstrip("/"), args.version)
     documents = [*desired.cloud, *desired.edge]
-    sys.stdout.write(yaml.dump_all(documents, Dumper=_plain_dumper(), sort_keys=False, width=10**6))
+    sys.stdout.write(yaml.dump_all(documents, Dumper=PlainDumper, sort_keys=False, width=10**6))
     return 0
 
 
@@ -97,17 +99,6 @@ def _one_object(text: str, file: str) -> dict[str, Any]:
         if body.get(field) != wanted:
             raise UsageError(f"-f {file}: {field}: {body.get(field)!r}: must be {wanted}")
     return body
-
-
-def _plain_dumper() -> Any:
-    """Without anchors: the same dictionary at two places is written twice."""
-    import yaml
-
-    class Plain(yaml.SafeDumper):
-        def ignore_aliases(self, data: object) -> bool:
-            return True
-
-    return Plain
 
 
 COMMAND = Command("render", "print the Kubernetes objects of a HatDeployment", _configure, _run)

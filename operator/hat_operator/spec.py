@@ -148,6 +148,11 @@ class Spec:
     log_level: str
     pod_monitor: str
 
+    @property
+    def edge_cluster(self) -> ClusterRef | None:
+        """The devices' own cluster; None where they are in this one, or there are none."""
+        return None if self.edge is None else self.edge.cluster
+
 
 @dataclass(frozen=True)
 class HatDeployment:

@@ -74,7 +74,7 @@ def findings(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> dict[str, 
     """All conditions that apply to this HatDeployment."""
     found = {SPLIT_VALID: _split(cloud), CLOUD_READY: _cloud(hat, cloud)}
     if hat.spec.edge is not None:
-        if hat.spec.edge.cluster is not None:
+        if hat.spec.edge_cluster is not None:
             found[EDGE_REACHABLE] = _reachable(edge)
         found[EDGE_READY] = _edge(hat, cloud, edge)
     found[PROGRESSING] = _progressing(hat, cloud, edge)
@@ -110,7 +110,7 @@ def new_status(
             "replicas": cloud.replicas,
             "ready": cloud.ready,
             "summary": f"{cloud.ready}/{wanted}",
-            "selector": ",".join(f"{key}={value}" for key, value in sorted(selector.items())),
+            "selector": names.selector_text(dict(sorted(selector.items()))),
             "revision": cloud.serving_revision or cloud.wanted_revision,
         },
     }

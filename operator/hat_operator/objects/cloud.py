@@ -27,17 +27,9 @@ def deployment(hat: HatDeployment, settings: Settings, revision: str) -> dict[st
             "labelSelector": {"matchLabels": selector},
         }
     ]
-    marks = {
-        "labels": {
-            **cloud.template.labels,
-            **names.labels(hat, names.CLOUD),
-            names.LABEL_REVISION: revision,
-        }
-    }
-    if cloud.template.annotations:
-        marks["annotations"] = dict(cloud.template.annotations)
     metadata = names.metadata(hat, names.CLOUD, names.cloud_deployment(hat, revision), hat.namespace)
     metadata["labels"][names.LABEL_REVISION] = revision
+    marks = pods.marks(cloud.template, metadata["labels"])
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -82,15 +74,13 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
         {"name": "http", "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
     ]
     main.update(pods.probes())
-    spec = pods.pod_spec(hat, names.cloud(hat), main, files, [])
+    spec = pods.pod_spec(hat, names.cloud(hat), main, files, [], cloud.template)
     if cloud.template.node_selector:
         spec["nodeSelector"] = dict(cloud.template.node_selector)
     gpu = [pods.gpu_toleration()] if cloud.gpus else []
     tolerated = pods.tolerations(*gpu, *cloud.template.tolerations)
     if tolerated:
         spec["tolerations"] = tolerated
-    if cloud.template.priority_class:
-        spec["priorityClassName"] = cloud.template.priority_class
     return spec
 
 

@@ -36,9 +36,7 @@ def _daemonset(
     kind = "cpu" if image is None else image.name
     selector = {**names.selector(hat, names.EDGE), names.LABEL_IMAGE: kind}
     own = {**names.labels(hat, names.EDGE), names.LABEL_IMAGE: kind, names.LABEL_REVISION: revision}
-    marks = {"labels": {**edge.template.labels, **own}}
-    if edge.template.annotations:
-        marks["annotations"] = dict(edge.template.annotations)
+    marks = pods.marks(edge.template, own)
     pod = _pod(hat, edge, endpoint, _image(hat, settings, image))
     pod["nodeSelector"] = _node_selector(edge, image)
     if image is not None and _has_jetson_twin(edge, image):
@@ -117,15 +115,13 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
         port["hostPort"] = edge.api.host_port
     main["ports"] = [port]
     main.update(pods.probes())
-    spec = pods.pod_spec(hat, names.edge(hat), main, files, volumes)
+    spec = pods.pod_spec(hat, names.edge(hat), main, files, volumes, edge.template)
     # A device is away at times; its pod must wait for it and not be thrown off the node.
     forever = {"operator": "Exists", "effect": "NoExecute"}
     gpu = [pods.gpu_toleration()] if gpus else []
     spec["tolerations"] = pods.tolerations(forever, *gpu, *edge.template.tolerations)
     if edge.runtime_class:
         spec["runtimeClassName"] = edge.runtime_class
-    if edge.template.priority_class:
-        spec["priorityClassName"] = edge.template.priority_class
     return spec
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hat_operator.fields import SpecError
 from hat_operator.quantity import canonical
-from hat_operator.spec import Claim, HatDeployment, Quantities, Resources, SecretKey
+from hat_operator.spec import Claim, HatDeployment, Quantities, Resources, SecretKey, Template
 
 USER = 10001
 """User and group of the images' processes; not root."""
@@ -100,7 +100,7 @@ def model_files(
     environment: dict[str, str] = {}
     secrets: list[dict[str, Any]] = []
     if model.token is not None:
-        volumes.append(secret_volume("hub-token", SecretKey(model.token.name, model.token.key), "token"))
+        volumes.append(secret_volume("hub-token", model.token, "token"))
         secrets.append({"name": "hub-token", "mountPath": TOKEN_FOLDER, "readOnly": True})
         environment["HF_TOKEN_PATH"] = f"{TOKEN_FOLDER}/token"
     layers = str(hat.spec.input_layers)
@@ -169,16 +169,24 @@ def gpu_toleration() -> dict[str, str]:
     return {"key": GPU, "operator": "Exists", "effect": "NoSchedule"}
 
 
+def marks(template: Template, own: Mapping[str, str]) -> dict[str, Any]:
+    """Labels and annotations of pods; the operator's own labels come before the user's."""
+    found: dict[str, Any] = {"labels": {**template.labels, **own}}
+    if template.annotations:
+        found["annotations"] = dict(template.annotations)
+    return found
+
+
 def pod_spec(
     hat: HatDeployment,
     service_account: str,
     main: dict[str, Any],
     files: ModelFiles,
     volumes: list[dict[str, Any]],
-    groups: list[int] | None = None,
+    template: Template,
 ) -> dict[str, Any]:
     """A pod by the restricted pod security standard, without a token of the API server."""
-    security: dict[str, Any] = {
+    security = {
         "runAsNonRoot": True,
         "runAsUser": USER,
         "runAsGroup": USER,
@@ -186,8 +194,6 @@ def pod_spec(
         "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    if groups:
-        security["supplementalGroups"] = groups
     spec: dict[str, Any] = {
         "serviceAccountName": service_account,
         "automountServiceAccountToken": False,
@@ -201,4 +207,6 @@ def pod_spec(
         spec["initContainers"] = files.init
     if hat.spec.pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in hat.spec.pull_secrets]
+    if template.priority_class:
+        spec["priorityClassName"] = template.priority_class
     return spec

@@ -26,7 +26,7 @@ def edge(hat: HatDeployment, endpoint: str | None) -> dict[str, Any]:
     """The API from anywhere, and out to the cloud at `endpoint` (HOST:PORT; None while it is not known)."""
     spec = hat.spec.edge
     ports = {hat.spec.cloud.expose.port if endpoint is None else int(endpoint.rpartition(":")[2])}
-    if spec is None or spec.cluster is None:
+    if hat.spec.edge_cluster is None:
         # A policy sees the pod's port where the Service's address was already replaced by the pod's.
         ports.add(names.GRPC_PORT)
     fetches = hat.spec.model.hub is not None and (spec is None or spec.weights is None)

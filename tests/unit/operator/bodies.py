@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hat_operator.schema import apply_defaults, load_crd
+from hat_operator.schema import apply_defaults, load_schema
 
 
 def body(name: str, **spec: Any) -> dict[str, Any]:
     """A stored HatDeployment with the defaults of the CRD."""
-    schema = load_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     obj = {
         "apiVersion": "hat.dev/v1alpha1",
         "kind": "HatDeployment",
@@ -21,5 +20,5 @@ def body(name: str, **spec: Any) -> dict[str, Any]:
             **spec,
         },
     }
-    result = apply_defaults(schema, obj)
-    return obj if result is None else result
+    defaulted: dict[str, Any] = apply_defaults(load_schema(), obj)
+    return defaulted
