@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,21 +71,10 @@ def whole_completion(
     Raises:
         HatError: the device refuses, or goes away.
     """
-    body = {"model": model_name(url), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-    if chunk_tokens is not None:
-        body["hat_chunk_tokens"] = chunk_tokens
-    connection = _connect(url)
+    body = {**_common(url, max_tokens, chunk_tokens), "prompt": prompt}
     start = time.monotonic()
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
+    with _reply(url, "/v1/completions", body) as response:
         reply = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise HatError(f"the device went away: {error}") from error
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise HatError(f"the device refused: {_message(reply)}")
     answer = json.loads(reply)
     choice = answer["choices"][0]
     return Answer(choice["text"], choice["finish_reason"], time.monotonic() - start, answer["usage"])
@@ -100,25 +90,17 @@ def stream(
 ) -> Answer:
     """POST a request and read its event stream to the end."""
     body = {
-        "model": model_name(url),
-        "max_tokens": max_tokens,
-        "temperature": 0,
+        **_common(url, max_tokens, chunk_tokens),
         "stream": True,
         "stream_options": {"include_usage": True},
-        **({} if chunk_tokens is None else {"hat_chunk_tokens": chunk_tokens}),
         **body,
     }
     pieces: list[str] = []
     usage: dict[str, Any] = {}
     reason = ""
     first = 0.0
-    connection = _connect(url)
     start = time.monotonic()
-    try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise HatError(f"the device refused: {_message(response.read())}")
+    with _reply(url, path, body) as response:
         for line in response:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
@@ -134,10 +116,6 @@ def stream(
                     pieces.append(text)
                     if on_text is not None:
                         on_text(text)
-    except (OSError, http.client.HTTPException) as error:
-        raise HatError(f"the device went away: {error}") from error
-    finally:
-        connection.close()
     if not usage:
         raise HatError("the device's answer broke off before its end")
     return Answer("".join(pieces), reason, (first or time.monotonic()) - start, usage)
@@ -145,22 +123,39 @@ def stream(
 
 def model_name(url: str) -> str:
     """The name of the model that the device serves."""
-    connection = _connect(url)
+    with _reply(url, "/v1/models", failure=f"the device at {url} cannot be reached") as response:
+        return str(json.loads(response.read())["data"][0]["id"])
+
+
+def _common(url: str, max_tokens: int, chunk_tokens: int | None) -> dict[str, Any]:
+    """The fields of every request for a greedy answer."""
+    body = {"model": model_name(url), "max_tokens": max_tokens, "temperature": 0}
+    return body if chunk_tokens is None else {**body, "hat_chunk_tokens": chunk_tokens}
+
+
+@contextmanager
+def _reply(
+    url: str, path: str, body: dict[str, Any] | None = None, failure: str = "the device went away"
+) -> Iterator[http.client.HTTPResponse]:
+    """The response to a POST of `body`, or to a GET without one, while it is read.
+
+    Raises:
+        HatError: the device refuses, or the connection fails, also while the caller reads.
+    """
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
     try:
-        connection.request("GET", "/v1/models")
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
-        body = response.read()
         if response.status != 200:
-            raise HatError(f"the device refused: {_message(body)}")
-        return str(json.loads(body)["data"][0]["id"])
+            raise HatError(f"the device refused: {_message(response.read())}")
+        yield response
     except (OSError, http.client.HTTPException) as error:
-        raise HatError(f"the device at {url} cannot be reached: {error}") from error
+        raise HatError(f"{failure}: {error}") from error
     finally:
         connection.close()
-
-
-def _connect(url: str) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
 
 
 def _message(body: bytes) -> str:

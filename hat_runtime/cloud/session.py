@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import grpc
 import torch
@@ -54,6 +55,11 @@ class StepWork:
     def left(self) -> int:
         """Rows that are not computed yet."""
         return self.n - self.done
+
+    @cached_property
+    def finite(self) -> bool:
+        """No value is NaN or infinite. Looked at once, however many passes the Step waits for."""
+        return bool(torch.isfinite(self.hidden).all())
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,6 @@ def violation(session: Session, work: StepWork, committed: int) -> Failed | None
             grpc.StatusCode.OUT_OF_RANGE,
             f"Step.start_pos={work.start_pos} + n={work.n} is beyond the session's {session.max_tokens} tokens",
         )
-    if not torch.isfinite(work.hidden).all():
+    if not work.finite:
         return Failed(grpc.StatusCode.INVALID_ARGUMENT, "Step.payload holds a value that is not finite")
     return None

@@ -19,7 +19,6 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
@@ -41,17 +40,10 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def pack_linears(module: torch.nn.Module) -> int:
-    """Replace every `torch.nn.Linear` below `module` by its packed form, and let go of the plain weight.
-
-    Returns:
-        How many were replaced.
-    """
-    count = 0
+def pack_linears(module: torch.nn.Module) -> None:
+    """Replace every `torch.nn.Linear` below `module` by its packed form, and let go of the plain weight."""
     for name, child in list(module.named_children()):
         if type(child) is torch.nn.Linear:
             setattr(module, name, PackedLinear(child))
-            count += 1
         else:
-            count += pack_linears(child)
-    return count
+            pack_linears(child)
