@@ -24,6 +24,14 @@ def sane_request_id(text: str) -> str | None:
     return text if _SANE_ID.fullmatch(text) else None
 
 
+_SANE_DEVICE = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+def sane_device_name(text: str) -> str | None:
+    """The name if it may stand in the list of devices, else None. Names of Kubernetes' nodes may."""
+    return text if _SANE_DEVICE.fullmatch(text) else None
+
+
 class _RequestIdFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not hasattr(record, "request_id"):

@@ -55,6 +55,7 @@ def messages() -> dict[str, Message]:
                 request_id="req-1",
                 resume=pb.Resume(session_id="0a" * 16),
                 protocol_minor=1,
+                device="jetson-1.site-a",
             )
         ),
         "device_step": pb.DeviceMessage(

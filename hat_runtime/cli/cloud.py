@@ -30,7 +30,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--http-listen",
         default="127.0.0.1:7071",
         metavar="HOST:PORT",
-        help="/healthz, /readyz and /metrics (default %(default)s)",
+        help="/healthz, /readyz, /metrics and /v1/devices (default %(default)s)",
     )
     serve.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     serve.add_argument("--attention", default="sdpa", help="attention backend (default %(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from hat_runtime.cli.command import Command
@@ -64,6 +65,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model-name", metavar="NAME", help="the model's name in the API (default: the folder's name)"
     )
     serve.add_argument(
+        "--device-name",
+        default=os.environ.get("HAT_DEVICE_NAME", ""),
+        metavar="NAME",
+        help="name under which the cloud lists this device at /v1/devices (default: $HAT_DEVICE_NAME; without one it "
+        "is not listed)",
+    )
+    serve.add_argument(
         "--max-concurrent",
         type=int,
         default=8,
@@ -106,12 +114,17 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     from hat_runtime import http, log
     from hat_runtime.errors import UsageError
+    from hat_runtime.log import sane_device_name
 
     log.setup(args.log_level, args.log_format)
     parse_host_port(args.cloud, "--cloud")
     check_positive(args.kv_tokens, "--kv-tokens")
     if args.keep_sessions < 0:
         raise UsageError(f"--keep-sessions {args.keep_sessions}: must be 0 or more")
+    if args.device_name and sane_device_name(args.device_name) is None:
+        raise UsageError(
+            f"--device-name {args.device_name!r}: only letters, digits, '.', '_' and '-', at most 253 of them"
+        )
     host, port = parse_host_port(args.listen, "--listen")
     http.bind(host, port, "--listen").close()  # a busy port is told before seconds of imports
 
@@ -136,7 +149,7 @@ def run_serve(args: argparse.Namespace) -> int:
         api_key_file=args.api_key_file,
         grace_s=args.grace,
         cloud_wait_s=math.inf,
-        generator=GeneratorConfig(max_idle_conversations=args.keep_sessions),
+        generator=GeneratorConfig(max_idle_conversations=args.keep_sessions, device_name=args.device_name),
     )
     asyncio.run(serve_device(config))
     return 0

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from hat_runtime import __version__
 from hat_runtime.cloud.admin import make_admin_app
+from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
@@ -91,7 +92,7 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     Raises:
         HatError: the model cannot be loaded, or an address cannot be listened on.
     """
-    metrics = CloudMetrics(CollectorRegistry())
+    metrics, devices = CloudMetrics(CollectorRegistry()), DeviceTable()
     state: dict[str, str | None] = {"why": "the model is loading"}
     http_socket = bind(config.http_host, config.http_port, "--http-listen")
     bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
@@ -102,12 +103,13 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
             return "the engine failed; see the log"
         return state["why"]
 
-    async with serving(make_admin_app(metrics.registry, why_not_ready), http_socket) as admin_url:
+    app = make_admin_app(metrics.registry, why_not_ready, devices)
+    async with serving(app, http_socket) as admin_url:
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine = Engine(loaded.runner, config.engine, metrics, asyncio.get_running_loop())
         served = Served(loaded.identity, limits, config.engine.scheduler.idle_after_s)
-        service = RuntimeService(engine, served, metrics)
+        service = RuntimeService(engine, served, metrics, devices)
         server = make_server(service)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)

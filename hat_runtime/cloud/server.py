@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_frames
+from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone
@@ -24,7 +25,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 0)
+PROTOCOL = (1, 1)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -48,6 +49,8 @@ class _Stream:
 
     def __init__(self, limits: pb.Limits) -> None:
         self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
+        self.device = ""
+        """Who is at the other end, as it says itself; "" when it does not."""
         self._limits = limits
         self._steps = 0
         self._tokens = 0
@@ -85,10 +88,11 @@ class _Stream:
 class RuntimeService:
     """hat.v1.Runtime."""
 
-    def __init__(self, engine: Engine, served: Served, metrics: CloudMetrics) -> None:
+    def __init__(self, engine: Engine, served: Served, metrics: CloudMetrics, devices: DeviceTable) -> None:
         self._engine = engine
         self._served = served
         self._metrics = metrics
+        self._devices = devices
         self._sessions: dict[str, tuple[Session, _Stream]] = {}
         self._draining = False
 
@@ -190,6 +194,8 @@ class RuntimeService:
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
+        stream.device = opening.device
+        self._devices.heard(stream.device)
         self._engine.open(session)
         log.info("session %s opened", session.id[:8])
         return session
@@ -258,12 +264,14 @@ class RuntimeService:
                     if (name := sane_request_id(message.step.request_id)) is not None:
                         request_id.set(name)
                         log.info("session %s serves this request from here", session.id[:8])
+                    self._devices.heard(stream.device)
                     if (work := assembler.feed(message.step)) is not None:
                         await stream.admit(work.n)
                         self._engine.submit(session, work)
                 elif kind == "telemetry":
                     assert message is not None
                     self._observe(message.telemetry)
+                    self._devices.heard(stream.device, message.telemetry)
                 elif kind == "open":
                     raise ProtocolError("a second Open on one stream", grpc.StatusCode.FAILED_PRECONDITION)
                 elif message is None:

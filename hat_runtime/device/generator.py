@@ -43,6 +43,8 @@ class GeneratorConfig:
     max_evictions: int = 8
     """Uploads of one request that the cloud may throw away before the request fails."""
     tenant: str = ""
+    device_name: str = ""
+    """By which the cloud lists this device; "": it does not."""
 
 
 class Generator:
@@ -156,7 +158,10 @@ class Generator:
             self.link,
             self.conversations,
             open_session=lambda: self.link.open_session(
-                self.binding, request_id=request.request_id, tenant=self.config.tenant
+                self.binding,
+                request_id=request.request_id,
+                tenant=self.config.tenant,
+                device_name=self.config.device_name,
             ),
             chunk=min(chunk or longest, longest),
             max_evictions=self.config.max_evictions,

@@ -21,7 +21,7 @@ from hat_runtime.wire.codec import dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 0
+PROTOCOL_MINOR = 1
 TELEMETRY_EVERY_S = 5.0
 
 
@@ -83,7 +83,9 @@ class CloudLink:
         self.limits = reply.limits
         return reply
 
-    def open_session(self, binding: Binding, *, request_id: str = "", tenant: str = "") -> CloudSession:
+    def open_session(
+        self, binding: Binding, *, request_id: str = "", tenant: str = "", device_name: str = ""
+    ) -> CloudSession:
         """Open a generation session, without waiting for the cloud's consent: see `CloudSession.opened`.
 
         What goes wrong later ends the session: CloudUnavailable (not reachable, or full, and then `retry_after_s`
@@ -107,6 +109,7 @@ class CloudLink:
             tenant=tenant,
             request_id=request_id,
             protocol_minor=PROTOCOL_MINOR,
+            device=device_name,
         )
         session.open(message, self.limits, self.timeout_s)
         return session

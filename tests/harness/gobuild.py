@@ -75,10 +75,19 @@ def kubernetes(version: str, name: str, target: Path) -> None:
 
 def helm(version: str, target: Path) -> None:
     """Builds helm of `version` (vMAJOR.MINOR.PATCH) to `target`. Raises BuildError."""
-    major = version.removeprefix("v").split(".")[0]
-    module = f"helm.sh/helm/v{major}"
+    module = f"helm.sh/helm/v{version.removeprefix('v').split('.')[0]}"
+    _command(f"{module}/cmd/helm", version, f"{module}/internal/version.version", target)
+
+
+def kwok(version: str, target: Path) -> None:
+    """Builds kwok of `version` (vMAJOR.MINOR.PATCH) to `target`. Raises BuildError."""
+    _command("sigs.k8s.io/kwok/cmd/kwok", version, "sigs.k8s.io/kwok/pkg/consts.Version", target)
+
+
+def _command(package: str, version: str, version_variable: str, target: Path) -> None:
+    """Builds a program that needs no other version of a module than its own go.mod says."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "go.mod").write_text("module hat.dev/helm\n")
-        _go(["get", f"{module}/cmd/helm@{version}"], Path(folder))
-        flags = f"-s -w -X {module}/internal/version.version={version}"
-        _go(["build", "-trimpath", "-ldflags", flags, "-o", str(target), f"{module}/cmd/helm"], Path(folder))
+        Path(folder, "go.mod").write_text("module hat.dev/program\n")
+        _go(["get", f"{package}@{version}"], Path(folder))
+        flags = f"-s -w -X {version_variable}={version}"
+        _go(["build", "-trimpath", "-ldflags", flags, "-o", str(target), package], Path(folder))

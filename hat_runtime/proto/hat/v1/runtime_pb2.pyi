@@ -283,6 +283,7 @@ class Open(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Must equal the cloud's; a mismatch is FAILED_PRECONDITION before any compute."""
     lo: _builtins.int
@@ -297,6 +298,10 @@ class Open(_message.Message):
     request_id: _builtins.str
     """Names the request in the logs of both sides."""
     protocol_minor: _builtins.int
+    device: _builtins.str
+    """Names the device in the cloud's list of devices (GET /v1/devices): letters, digits, ".", "_" and "-", at most 253.
+    Empty: the device is not listed. As the device says it; nothing else depends on it. Since 1.1.
+    """
     @_builtins.property
     def resume(self) -> Global___Resume:
         """Takes over the session of a lost stream. No cloud of this version keeps one: NOT_FOUND."""
@@ -314,10 +319,11 @@ class Open(_message.Message):
         request_id: _builtins.str = ...,
         resume: Global___Resume | None = ...,
         protocol_minor: _builtins.int = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,7 +396,9 @@ Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class Telemetry(_message.Message):
-    """What the device sees of its link and itself, at most once in 5 s."""
+    """What the device sees of its link and itself, at most once in 5 s. Zero: not measured yet, or not applicable (without
+    drafting no acceptance, without chunks no chunk size).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
