@@ -127,6 +127,8 @@ class ControlPlane:
             "service_account_key_file": folder / "accounts.pub",
             "service_account_signing_key_file": folder / "accounts.key",
             "authorization_mode": "RBAC",
+            # On in some distributions: without it no test would miss the right on an owner's finalizers.
+            "enable_admission_plugins": "OwnerReferencesPermissionEnforcement",
             "cert_dir": folder / "apiserver",
         }
         if self._audit:
