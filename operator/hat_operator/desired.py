@@ -18,11 +18,13 @@ class Observed:
     """What the desired state depends on besides the spec."""
 
     cloud_endpoint: str | None = None
-    """HOST:PORT of the live Service, where names.fixed_endpoint is None."""
+    """HOST:PORT of the live Service, where names.fixed_endpoint is None and all revisions share it."""
+    endpoints: Mapping[str, str] = field(default_factory=dict)
+    """HOST:PORT of each revision's live Service, where names.endpoint_per_revision."""
     apis: frozenset[str] = frozenset()
     """GROUP/VERSION/KIND of optional APIs of the cloud's cluster."""
     serving_revision: str | None = None
-    """The revision that the Service leads to, as long as its Deployment serves, and the wanted one once it is ready.
+    """The revision that devices are led to, as long as its Deployment serves, and the wanted one once it is ready.
     None: neither serves, so there is nothing to keep."""
     edge_apis: frozenset[str] = frozenset()
     """As `apis`, of the devices' cluster, where it is another one."""
@@ -37,7 +39,7 @@ class Desired:
     cloud: list[dict[str, Any]]
     edge: list[dict[str, Any]]
     keep_revisions: frozenset[str] = field(default_factory=frozenset)
-    """Revisions whose Deployments stay as they are: the spec that they were made from is gone."""
+    """Revisions whose Deployments and Services stay as they are: the spec that they were made from is gone."""
     keep_daemonsets: bool = False
     """The DaemonSets stay as they are: of the serving revision, or without an endpoint for new ones yet."""
 
@@ -45,41 +47,53 @@ class Desired:
         """Whether a live object of this HatDeployment that is not among the desired ones must stay."""
         if live["kind"] == "DaemonSet":
             return self.keep_daemonsets
-        return live["kind"] == "Deployment" and revision_of(live) in self.keep_revisions
+        return live["kind"] in ("Deployment", "Service") and revision_of(live) in self.keep_revisions
 
 
 def desired_objects(hat: HatDeployment, settings: Settings, observed: Observed) -> Desired:
     """All objects of both sides.
 
-    A new revision is blue/green: its Deployment starts beside the serving one, and Service and DaemonSets follow only
-    when `observed.serving_revision` is the new one. Deployments in `observed.draining` stay until devices have moved.
+    A new revision is blue/green: its Deployment and Service start beside the serving ones, and DaemonSets follow only
+    when `observed.serving_revision` is the new one. Those of `observed.draining` stay until devices have moved.
 
     Raises:
         SpecError: a quantity in the spec is none.
     """
     wanted = names.revision(hat, settings)
     serving = wanted if hat.spec.suspend else observed.serving_revision or wanted
+    kept = frozenset() if hat.spec.suspend else (observed.draining | {serving}) - {wanted}
     return Desired(
-        cloud=_cloud(hat, settings, observed, wanted, serving),
-        edge=_edge(hat, settings, observed, wanted, serving),
-        keep_revisions=frozenset() if hat.spec.suspend else (observed.draining | {serving}) - {wanted},
+        cloud=_cloud(hat, settings, observed, wanted, serving, kept),
+        edge=_edge(hat, settings, observed, wanted, serving, kept),
+        keep_revisions=kept,
         keep_daemonsets=_keeps_daemonsets(hat, observed, wanted, serving),
     )
 
 
-def cloud_endpoint(hat: HatDeployment, observed: Observed) -> str | None:
-    """HOST:PORT that devices dial, None while no one knows."""
-    return names.fixed_endpoint(hat) or observed.cloud_endpoint
+def cloud_endpoint(hat: HatDeployment, observed: Observed, revision: str) -> str | None:
+    """HOST:PORT that devices of a revision dial, None while no one knows."""
+    if names.endpoint_per_revision(hat):
+        return names.fixed_endpoint(hat, revision) or observed.endpoints.get(revision)
+    return names.fixed_endpoint(hat, revision) or observed.cloud_endpoint
 
 
 def _cloud(
-    hat: HatDeployment, settings: Settings, observed: Observed, wanted: str, serving: str
+    hat: HatDeployment,
+    settings: Settings,
+    observed: Observed,
+    wanted: str,
+    serving: str,
+    kept: frozenset[str],
 ) -> list[dict[str, Any]]:
     name, namespace = names.cloud(hat), hat.namespace
     found = [cloud.service_account(hat, names.CLOUD, name, namespace)]
     if hat.spec.network_policies:
         found.append(policies.cloud(hat))
     found.append(cloud.service(hat, serving))
+    if names.endpoint_per_revision(hat):
+        # One that is there stays as it is, with the port that its devices know.
+        missing = sorted(kept - observed.endpoints.keys())
+        found += [cloud.revision_service(hat, revision) for revision in (*missing, wanted)]
     found.append(cloud.disruption_budget(hat))
     found.append(cloud.deployment(hat, settings, wanted))
     if monitor.wanted(hat, observed.apis):
@@ -88,16 +102,22 @@ def _cloud(
 
 
 def _edge(
-    hat: HatDeployment, settings: Settings, observed: Observed, wanted: str, serving: str
+    hat: HatDeployment,
+    settings: Settings,
+    observed: Observed,
+    wanted: str,
+    serving: str,
+    kept: frozenset[str],
 ) -> list[dict[str, Any]]:
     spec = hat.spec.edge
     if spec is None:
         return []
     name, namespace = names.edge(hat), names.edge_namespace(hat)
-    endpoint = cloud_endpoint(hat, observed)
+    endpoint = cloud_endpoint(hat, observed, wanted)
     found = [cloud.service_account(hat, names.EDGE, name, namespace)]
     if hat.spec.network_policies:
-        found.append(policies.edge(hat, endpoint))
+        dialled = {endpoint, *(observed.endpoints.get(revision) for revision in kept)}
+        found.append(policies.edge(hat, sorted(filter(None, dialled))))
     found.append(edge.service(hat, spec))
     if endpoint is not None and serving == wanted and not hat.spec.suspend:
         found += edge.daemonsets(hat, spec, settings, wanted, endpoint)
@@ -109,4 +129,4 @@ def _edge(
 def _keeps_daemonsets(hat: HatDeployment, observed: Observed, wanted: str, serving: str) -> bool:
     if hat.spec.suspend or hat.spec.edge is None:
         return False
-    return serving != wanted or cloud_endpoint(hat, observed) is None
+    return serving != wanted or cloud_endpoint(hat, observed, wanted) is None

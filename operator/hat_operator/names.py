@@ -110,8 +110,8 @@ def cloud(hat: HatDeployment) -> str:
     return f"{hat.name}-cloud"
 
 
-def cloud_deployment(hat: HatDeployment, revision: str) -> str:
-    """Deployment of one revision."""
+def cloud_revision(hat: HatDeployment, revision: str) -> str:
+    """Deployment and Service of one revision."""
     return f"{hat.name}-cloud-{revision}"
 
 
@@ -136,18 +136,30 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def fixed_endpoint(hat: HatDeployment) -> str | None:
-    """HOST:PORT that devices dial as far as the spec says it.
+def endpoint_per_revision(hat: HatDeployment) -> bool:
+    """Whether devices dial a Service of their own revision, so that no other revision ever answers them.
+
+    Not where cloud.expose gives them one address: a fixed node port, a load balancer's, or a host that leads to the
+    Service in a way that only the user knows.
+    """
+    expose = hat.spec.cloud.expose
+    if hat.spec.edge is None:
+        return False
+    if expose.host:
+        return expose.type == "NodePort" and not expose.node_port
+    return expose.type == "ClusterIP" or hat.spec.edge.cluster is None
+
+
+def fixed_endpoint(hat: HatDeployment, revision: str) -> str | None:
+    """HOST:PORT that devices of a revision dial as far as the spec says it.
 
     None: only the live Service knows it (a load balancer's address, or a node port of Kubernetes' choice).
     """
     expose = hat.spec.cloud.expose
-    edge = hat.spec.edge
     if expose.type == "NodePort" and expose.host:
         return host_port(expose.host, expose.node_port) if expose.node_port else None
     if expose.host:
         return host_port(expose.host, expose.port)
-    local = edge is not None and edge.cluster is None
-    if expose.type == "ClusterIP" or local:
-        return host_port(f"{cloud(hat)}.{hat.namespace}.svc", expose.port)
-    return None
+    if endpoint_per_revision(hat):
+        return host_port(f"{cloud_revision(hat, revision)}.{hat.namespace}.svc", expose.port)
+    return host_port(f"{cloud(hat)}.{hat.namespace}.svc", expose.port) if expose.type == "ClusterIP" else None

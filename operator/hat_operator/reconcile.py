@@ -5,7 +5,8 @@ A call may be cut off anywhere (the process may be killed): the next one, here o
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
 from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
 from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
+from hat_operator.figures import Figures, Pace
 from hat_operator.kinds import HATDEPLOYMENT, NODE, POD
 from hat_operator.settings import Settings
 from hat_operator.spec import Edge, HatDeployment, SpecError
@@ -35,8 +37,17 @@ class _Site:
 class Reconciler:
     """Reconciles HatDeployments of the operator's own cluster."""
 
-    def __init__(self, home: Cluster, edges: EdgeClusters, settings: Settings) -> None:
+    def __init__(
+        self,
+        home: Cluster,
+        edges: EdgeClusters,
+        settings: Settings,
+        figures_of: Callable[[str, str], Mapping[str, Figures]] = lambda namespace, name: {},
+    ) -> None:
+        """Figures_of gives the newest figures of each device, by the HatDeployment's namespace and name."""
         self._home = home
+        self._figures_of = figures_of
+        self._pace = Pace()
         self._edges = edges
         self._settings = settings
         self._deletion = Deletion(home, edges)
@@ -52,6 +63,7 @@ class Reconciler:
         """
         body = await self._home.get(HATDEPLOYMENT, name, namespace)
         if body is None:
+            self._pace.forget((namespace, name))
             return None
         if "deletionTimestamp" in body["metadata"]:
             return await self._deletion.proceed(body)
@@ -66,8 +78,9 @@ class Reconciler:
             await self._write_invalid(body, str(error))
             return None
         old = body.get("status", {})
+        edge, again_s = self._with_figures(hat, edge)
         await self._write_status(body, status.new_status(hat, old, cloud, edge, events.rfc3339()))
-        return None
+        return again_s
 
     async def _complete(self, body: Object, hat: HatDeployment) -> Object:
         """Write what the operator adds: runtime.version once, and with a second cluster the finalizer."""
@@ -122,12 +135,13 @@ class Reconciler:
             draining = frozenset(deployments) if site.away is not None else frozenset()
         observed = Observed(
             cloud_endpoint=rollout.live_endpoint(hat, service),
+            endpoints=rollout.revision_endpoints(hat, cloud.live.values()),
             apis=cloud.apis,
             serving_revision=rollout.serving_revision(wanted, deployments, service),
             edge_apis=frozenset() if site.children is None else site.children.apis,
             draining=draining,
         )
-        endpoint = cloud_endpoint(hat, observed)
+        endpoint = cloud_endpoint(hat, observed, observed.serving_revision or wanted)
         seen = CloudSeen(wanted, observed.serving_revision, endpoint=endpoint)
         return desired_objects(hat, self._settings, observed), seen
 
@@ -189,6 +203,14 @@ class Reconciler:
         if site.pods is not None:
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
         return EdgeSeen(fleet, updated, problem=problem)
+
+    def _with_figures(self, hat: HatDeployment, edge: EdgeSeen) -> tuple[EdgeSeen, float | None]:
+        """The devices' figures as they may be written now, and after how many seconds others may be."""
+        if edge.fleet is None:
+            return edge, None
+        key = hat.namespace, hat.name
+        rows, again_s = self._pace.rows(key, edge.fleet.rows, self._figures_of(*key), time.monotonic())
+        return replace(edge, fleet=replace(edge.fleet, rows=rows)), again_s
 
     async def _write_invalid(self, body: Object, message: str) -> None:
         old, now = body.get("status", {}), events.rfc3339()

@@ -70,7 +70,9 @@ def render(text: str, file: str = "FILE", registry: str = "", version: str = "")
     hat = HatDeployment.parse(body)
     expose = hat.spec.cloud.expose
     stand_in = names.host_port(expose.host or UNKNOWN_ENDPOINT, expose.port)
-    return desired_objects(hat, Settings(registry, version), Observed(cloud_endpoint=stand_in))
+    settings = Settings(registry, version)
+    endpoints = {names.revision(hat, settings): stand_in}
+    return desired_objects(hat, settings, Observed(cloud_endpoint=stand_in, endpoints=endpoints))
 
 
 def _read(file: str) -> str:

@@ -53,8 +53,8 @@ def by_revision(objects: Iterable[Object]) -> dict[str, Object]:
 def serving_revision(wanted: str, deployments: Mapping[str, Object], service: Object | None) -> str | None:
     """The revision that devices should be led to now.
 
-    The wanted one once all its replicas are ready; until then the one that the Service leads to, as long as at least
-    one of its replicas is ready. None: neither serves, so there is nothing to keep.
+    The wanted one once all its replicas are ready; until then the one that the Service NAME-cloud leads to, as
+    long as at least one of its replicas is ready. None: neither serves, so there is nothing to keep.
     """
     candidate = deployments.get(wanted)
     if candidate is not None and deployment_done(candidate):
@@ -78,3 +78,19 @@ def live_endpoint(hat: HatDeployment, service: Object | None) -> str | None:
         if host:
             return names.host_port(host, expose.port)
     return None
+
+
+def revision_endpoints(hat: HatDeployment, objects: Iterable[Object]) -> dict[str, str]:
+    """HOST:PORT that the devices of each revision dial, by the live Services among the objects."""
+    found = {}
+    for obj in objects:
+        revision = revision_of(obj)
+        if obj["kind"] != "Service" or revision is None:
+            continue
+        for port in obj["spec"].get("ports", ()):
+            if port.get("nodePort"):
+                found[revision] = names.host_port(hat.spec.cloud.expose.host, port["nodePort"])
+            else:
+                meta = obj["metadata"]
+                found[revision] = names.host_port(f"{meta['name']}.{meta['namespace']}.svc", port["port"])
+    return found

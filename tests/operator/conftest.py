@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hat_operator.cluster import Cluster
+from hat_operator.kubeconfig import client_from_kubeconfig
 from tests.harness.binaries import MissingProgramError, find_all
 from tests.harness.ci import skip_or_fail
 from tests.harness.controlplane import ControlPlane
+from tests.operator.home import Home, inline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLANES = {"control_plane", "edge_plane"}
@@ -67,3 +70,20 @@ def namespace(control_plane: ControlPlane) -> Iterator[str]:
     """A fresh namespace of the cloud's cluster, deleted after the test."""
     with control_plane.namespace() as name:
         yield name
+
+
+@pytest.fixture
+def home(control_plane: ControlPlane, namespace: str) -> Iterator[Home]:
+    """A Reconciler for a fresh namespace of the cloud's cluster."""
+    cluster = Cluster(client_from_kubeconfig(inline(control_plane)))
+    yield Home(cluster, namespace)
+    cluster.close()
+
+
+@pytest.fixture
+def site(edge_plane: ControlPlane) -> Iterator[tuple[Cluster, str]]:
+    """A namespace in the devices' cluster."""
+    cluster = Cluster(client_from_kubeconfig(inline(edge_plane)))
+    with edge_plane.namespace() as name:
+        yield cluster, name
+    cluster.close()

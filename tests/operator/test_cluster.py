@@ -14,6 +14,7 @@ from hat_operator.kinds import DEPLOYMENT, POD_MONITOR, SERVICE, SERVICE_ACCOUNT
 from hat_operator.kubeconfig import client_from_kubeconfig
 from hat_operator.leader import Identity, Leader
 from tests.harness.controlplane import ControlPlane
+from tests.operator.home import inline
 
 
 @pytest.fixture
@@ -21,11 +22,6 @@ def cluster(control_plane: ControlPlane) -> Iterator[Cluster]:
     found = Cluster(client_from_kubeconfig(inline(control_plane)))
     yield found
     found.close()
-
-
-def inline(plane: ControlPlane) -> str:
-    """The kubeconfig as a user would write it into a Secret: with the certificates inside."""
-    return plane.kubectl("config", "view", "--raw", "--flatten", "-o", "yaml").stdout
 
 
 def service(namespace: str, port: int = 80, **labels: str) -> dict[str, Any]:

@@ -2,118 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from hat_operator import names, rollout
 from hat_operator.cluster import Cluster
-from hat_operator.edges import EdgeClusters
 from hat_operator.kinds import (
     DAEMONSET,
     DEPLOYMENT,
-    EVENT,
     HATDEPLOYMENT,
     NETWORK_POLICY,
-    POD,
-    SECRET,
     SERVICE,
 )
-from hat_operator.kubeconfig import client_from_kubeconfig
-from hat_operator.reconcile import Reconciler
-from hat_operator.settings import Settings
 from tests.harness.controlplane import ControlPlane
-from tests.operator.manifests import hat_deployment
-from tests.operator.test_cluster import inline
-
-SELECTOR = {"deviceSelector": {"matchLabels": {"hat.dev/device": "true"}}}
-
-
-class Home:
-    """The operator's side of one test."""
-
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
-        self.cluster, self.namespace = cluster, namespace
-        self.reconciler = Reconciler(cluster, EdgeClusters(cluster), Settings(version="9.9"))
-
-    async def create(self, **spec: Any) -> None:
-        body = hat_deployment("chat", **spec)
-        body["metadata"]["namespace"] = self.namespace
-        await self.cluster.create(body)
-
-    async def patch(self, **spec: Any) -> None:
-        await self.cluster.patch(await self.hat(), {"spec": spec})
-
-    async def hat(self) -> dict[str, Any]:
-        found = await self.cluster.get(HATDEPLOYMENT, "chat", self.namespace)
-        assert found is not None
-        return found
-
-    async def reconcile(self) -> float | None:
-        return await self.reconciler.reconcile(self.namespace, "chat")
-
-    async def conditions(self) -> dict[str, tuple[str, str]]:
-        found = (await self.hat())["status"]["conditions"]
-        return {item["type"]: (item["status"], item["reason"]) for item in found}
-
-    async def deployments(self) -> list[dict[str, Any]]:
-        return await self.cluster.list(DEPLOYMENT, self.namespace)
-
-    async def serve(self, revision: str) -> None:
-        """Say what a kubelet would say of the cloud's pods of a revision, and wait for the controllers to notice."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            for pod in await self.cluster.list(POD, self.namespace, f"{names.LABEL_REVISION}={revision}"):
-                ready = [{"type": "Ready", "status": "True"}]
-                if pod["metadata"]["labels"][names.LABEL_COMPONENT] == names.CLOUD:
-                    status = {"phase": "Running", "conditions": ready}
-                    await self.cluster.patch(pod, {"status": status}, "status")
-            for deployment in await self.deployments():
-                if rollout.revision_of(deployment) == revision and rollout.deployment_done(deployment):
-                    return
-            await asyncio.sleep(0.1)
-        pytest.fail(f"revision {revision} did not become ready")
-
-    async def events(self) -> dict[str, str]:
-        return {item["reason"]: item["type"] for item in await self.cluster.list(EVENT, self.namespace)}
-
-
-@pytest.fixture
-def home(control_plane: ControlPlane, namespace: str) -> Iterator[Home]:
-    cluster = Cluster(client_from_kubeconfig(inline(control_plane)))
-    yield Home(cluster, namespace)
-    cluster.close()
-
-
-@pytest.fixture
-def site(edge_plane: ControlPlane) -> Iterator[tuple[Cluster, str]]:
-    """A namespace in the devices' cluster."""
-    cluster = Cluster(client_from_kubeconfig(inline(edge_plane)))
-    with edge_plane.namespace() as name:
-        yield cluster, name
-    cluster.close()
-
-
-async def store_kubeconfig(home: Home, text: str) -> None:
-    found = await home.cluster.get(SECRET, "site", home.namespace)
-    data = {"kubeconfig": base64.b64encode(text.encode()).decode()}
-    if found is not None:
-        await home.cluster.patch(found, {"data": data})
-        return
-    meta = {"name": "site", "namespace": home.namespace}
-    await home.cluster._request("post", SECRET.path(home.namespace), body={"metadata": meta, "data": data})
-
-
-def remote(namespace: str, **edge: Any) -> dict[str, Any]:
-    ref = {"kubeconfigSecretRef": {"name": "site"}, "namespace": namespace}
-    return {
-        "edge": {**SELECTOR, "clusterRef": ref, **edge},
-        "cloud": {"expose": {"type": "NodePort", "host": "cloud.example.com"}},
-    }
+from tests.operator.devices import Devices
+from tests.operator.home import SELECTOR, Home, inline, remote, store_kubeconfig
 
 
 def writes(plane: ControlPlane, namespace: str) -> list[str]:
@@ -219,8 +124,67 @@ async def test_blue_green(home: Home) -> None:
     assert (await home.hat())["status"]["cloud"]["revision"] == new_revision
 
 
-async def selected(home: Home) -> str:
-    service = await home.cluster.get(SERVICE, "chat-cloud", home.namespace)
+async def test_a_switch_under_devices_leaves_each_the_service_of_its_revision(home: Home) -> None:
+    async with Devices(home.cluster, home.namespace, 2) as devices:
+        await switch(home, devices)
+
+
+async def switch(home: Home, devices: Devices) -> None:
+    selector = {"deviceSelector": {"matchLabels": devices.labels}}
+    await home.create(edge=selector)
+    await home.reconcile()
+    (deployment,) = await home.deployments()
+    old = str(rollout.revision_of(deployment))
+    await home.serve(old)
+    await devices.run_pods()
+    await home.reconcile()
+    assert (await home.conditions())["Ready"] == ("True", "AllReady")
+    assert (await home.hat())["status"]["cloud"]["endpoint"] == f"chat-cloud-{old}.{home.namespace}.svc:7070"
+    writes_before = await versions(home, old)
+
+    await home.patch(split={"inputLayers": 4})
+    await home.reconcile()
+    new = next(
+        str(rollout.revision_of(item))
+        for item in await home.deployments()
+        if item["metadata"]["name"][-8:] != old
+    )
+    await home.serve(new)
+    # Between any two passes each device dials replicas of its own revision, ready ones.
+    for _ in range(40):
+        await home.reconcile()
+        dialled = await devices.dialled()
+        for revision in dialled.values():
+            assert await selected(home, f"chat-cloud-{revision}") == revision
+            assert rollout.ready_replicas(
+                await home.cluster.get(DEPLOYMENT, f"chat-cloud-{revision}", home.namespace)
+            )
+        if set(dialled.values()) == {new} and len(dialled) == 2:
+            break
+        if old in dialled.values():
+            assert await versions(home, old) == writes_before
+        await devices.run_pods()
+    else:
+        pytest.fail("the devices have not moved")
+    await devices.run_pods()
+    await home.reconcile()
+    assert [rollout.revision_of(item) for item in await home.deployments()] == [new]
+    assert await home.cluster.get(SERVICE, f"chat-cloud-{old}", home.namespace) is None
+    assert await selected(home) == new
+    assert (await home.hat())["status"]["cloud"]["endpoint"] == f"chat-cloud-{new}.{home.namespace}.svc:7070"
+
+
+async def versions(home: Home, revision: str) -> list[int]:
+    """Generations of what a revision's devices talk to: they change when someone writes to it."""
+    service = await home.cluster.get(SERVICE, f"chat-cloud-{revision}", home.namespace)
+    deployment = await home.cluster.get(DEPLOYMENT, f"chat-cloud-{revision}", home.namespace)
+    assert service is not None
+    assert deployment is not None
+    return [int(service["metadata"]["resourceVersion"]), deployment["metadata"]["generation"]]
+
+
+async def selected(home: Home, name: str = "chat-cloud") -> str:
+    service = await home.cluster.get(SERVICE, name, home.namespace)
     assert service is not None
     return str(service["spec"]["selector"][names.LABEL_REVISION])
 

@@ -27,7 +27,7 @@ def deployment(hat: HatDeployment, settings: Settings, revision: str) -> dict[st
             "labelSelector": {"matchLabels": selector},
         }
     ]
-    metadata = names.metadata(hat, names.CLOUD, names.cloud_deployment(hat, revision), hat.namespace)
+    metadata = names.metadata(hat, names.CLOUD, names.cloud_revision(hat, revision), hat.namespace)
     metadata["labels"][names.LABEL_REVISION] = revision
     marks = pods.marks(cloud.template, metadata["labels"])
     return {
@@ -85,20 +85,30 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
 
 
 def service(hat: HatDeployment, revision: str) -> dict[str, Any]:
-    """What devices dial: the pods of one revision."""
+    """The replicas of the revision that serves, exposed as cloud.expose says."""
+    found = _service(hat, names.cloud(hat), revision)
+    if hat.spec.cloud.expose.node_port:
+        found["spec"]["ports"][0]["nodePort"] = hat.spec.cloud.expose.node_port
+    return found
+
+
+def revision_service(hat: HatDeployment, revision: str) -> dict[str, Any]:
+    """What the devices of one revision dial, where names.endpoint_per_revision; it lives as long as its Deployment."""
+    found = _service(hat, names.cloud_revision(hat, revision), revision)
+    found["metadata"]["labels"][names.LABEL_REVISION] = revision
+    if not hat.spec.cloud.expose.host:
+        # Dialled by its name in the cluster; what cloud.expose asks for besides is done by the other Service.
+        found["spec"]["type"] = "ClusterIP"
+    return found
+
+
+def _service(hat: HatDeployment, name: str, revision: str) -> dict[str, Any]:
     expose = hat.spec.cloud.expose
-    port: dict[str, Any] = {
-        "name": "grpc",
-        "port": expose.port,
-        "targetPort": "grpc",
-        "protocol": "TCP",
-    }
-    if expose.node_port:
-        port["nodePort"] = expose.node_port
+    port = {"name": "grpc", "port": expose.port, "targetPort": "grpc", "protocol": "TCP"}
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": names.metadata(hat, names.CLOUD, names.cloud(hat), hat.namespace),
+        "metadata": names.metadata(hat, names.CLOUD, name, hat.namespace),
         "spec": {
             "type": expose.type,
             "selector": names.selector(hat, names.CLOUD, revision),

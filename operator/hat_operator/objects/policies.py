@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hat_operator import names
@@ -22,10 +23,10 @@ def cloud(hat: HatDeployment) -> dict[str, Any]:
     return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, _egress(set(), fetches))
 
 
-def edge(hat: HatDeployment, endpoint: str | None) -> dict[str, Any]:
-    """The API from anywhere, and out to the cloud at `endpoint` (HOST:PORT; None while it is not known)."""
+def edge(hat: HatDeployment, endpoints: Iterable[str]) -> dict[str, Any]:
+    """The API from anywhere, and out to the cloud at `endpoints` (HOST:PORT; none while no one knows it)."""
     spec = hat.spec.edge
-    ports = {hat.spec.cloud.expose.port if endpoint is None else int(endpoint.rpartition(":")[2])}
+    ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints} or {hat.spec.cloud.expose.port}
     if hat.spec.edge_cluster is None:
         # A policy sees the pod's port where the Service's address was already replaced by the pod's.
         ports.add(names.GRPC_PORT)

@@ -7,7 +7,7 @@ import pytest
 from hat_operator.fields import SpecError
 from hat_operator.spec import HatDeployment
 from hat_runtime.cli.main import build_parser
-from tests.unit.operator.samples import HUB, by_name, desired, hat, main, one, option, pod
+from tests.unit.operator.samples import HUB, by_name, desired, hat, main, of_kind, one, option, pod
 
 
 def deployment(wanted: HatDeployment) -> dict[str, Any]:
@@ -143,16 +143,18 @@ def test_template_replicas_and_pull_secrets() -> None:
 
 def test_service_selects_one_revision_and_its_pods_have_that_label() -> None:
     objects = desired(hat(cloud={"expose": {"type": "LoadBalancer", "port": 443}})).cloud
-    service, thing = one(objects, "Service"), one(objects, "Deployment")
-    assert service["spec"]["type"] == "LoadBalancer"
-    (port,) = service["spec"]["ports"]
-    assert (port["port"], "nodePort" in port) == (443, False)
-    (named,) = [p for p in main(thing)["ports"] if p["name"] == port["targetPort"]]
-    assert named["containerPort"] == 7070
+    shared, own = of_kind(objects, "Service")
+    thing = one(objects, "Deployment")
     labels = thing["spec"]["template"]["metadata"]["labels"]
-    for picked in (service["spec"]["selector"], thing["spec"]["selector"]["matchLabels"]):
-        assert picked.items() <= labels.items()
-        assert "hat.dev/revision" in picked
+    assert (shared["spec"]["type"], own["spec"]["type"]) == ("LoadBalancer", "ClusterIP")
+    for service in (shared, own):
+        (port,) = service["spec"]["ports"]
+        assert (port["port"], "nodePort" in port) == (443, False)
+        (named,) = [p for p in main(thing)["ports"] if p["name"] == port["targetPort"]]
+        assert named["containerPort"] == 7070
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert "hat.dev/revision" in service["spec"]["selector"]
+    assert thing["spec"]["selector"]["matchLabels"].items() <= labels.items()
     budget = one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
     assert budget.items() <= labels.items()
     assert "hat.dev/revision" not in budget

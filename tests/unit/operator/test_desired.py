@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hat_operator import names
+from hat_operator.desired import Desired, Observed, cloud_endpoint
 from hat_operator.spec import HatDeployment
 from tests.unit.operator.restricted import pods, violations
 from tests.unit.operator.samples import (
@@ -207,20 +208,89 @@ def test_a_new_revision_starts_beside_the_serving_one_and_takes_over_when_ready(
     after = desired(new, serving_revision=new_revision)
 
     (old_deployment,) = of_kind(before.cloud, "Deployment")
+    old_service = services(before)[f"chat-cloud-{old_revision}"]
     (old_daemonset,) = of_kind(before.edge, "DaemonSet")
     assert one(during.cloud, "Deployment")["metadata"]["name"] == f"chat-cloud-{new_revision}"
     assert during.keeps(old_deployment)
-    assert one(during.cloud, "Service")["spec"]["selector"][names.LABEL_REVISION] == old_revision
+    assert during.keeps(old_service)
+    assert selected(during, "chat-cloud") == old_revision
+    assert selected(during, f"chat-cloud-{new_revision}") == new_revision
     assert of_kind(during.edge, "DaemonSet") == []
     assert during.keeps(old_daemonset)
 
-    assert one(after.cloud, "Service")["spec"]["selector"][names.LABEL_REVISION] == new_revision
-    pods_labels = one(after.edge, "DaemonSet")["spec"]["template"]["metadata"]["labels"]
-    assert pods_labels[names.LABEL_REVISION] == new_revision
-    assert not after.keeps(old_deployment)
-    assert not after.keeps(old_daemonset)
+    assert selected(after, "chat-cloud") == new_revision
+    daemonset = one(after.edge, "DaemonSet")
+    assert daemonset["spec"]["template"]["metadata"]["labels"][names.LABEL_REVISION] == new_revision
+    assert option(main(daemonset), "--cloud") == f"chat-cloud-{new_revision}.team.svc:7070"
+    for thing in (old_deployment, old_service, old_daemonset):
+        assert not after.keeps(thing)
     draining = desired(new, serving_revision=new_revision, draining=frozenset({old_revision}))
     assert draining.keeps(old_deployment)
+    assert draining.keeps(old_service)
+
+
+def services(found: Desired) -> dict[str, dict[str, Any]]:
+    return {thing["metadata"]["name"]: thing for thing in of_kind(found.cloud, "Service")}
+
+
+def selected(found: Desired, service: str) -> str:
+    return str(services(found)[service]["spec"]["selector"][names.LABEL_REVISION])
+
+
+def test_a_kept_revisions_service_is_made_again_but_never_changed() -> None:
+    old, new = hat(), hat(split={"inputLayers": 4}, cloud={"expose": {"port": 9000}})
+    revision = names.revision(old, SETTINGS)
+    kept = f"chat-cloud-{revision}"
+    during: dict[str, Any] = {"serving_revision": revision}
+    assert kept not in services(desired(new, **during, endpoints={revision: "chat:7070"}))
+    assert selected(desired(new, **during), kept) == revision
+
+
+@pytest.mark.parametrize(
+    ("edge", "expose", "types"),
+    [
+        ({}, {}, {"chat-cloud": "ClusterIP", "REVISION": "ClusterIP"}),
+        ({}, {"type": "LoadBalancer"}, {"chat-cloud": "LoadBalancer", "REVISION": "ClusterIP"}),
+        (FAR, {"type": "NodePort", "host": "h"}, {"chat-cloud": "NodePort", "REVISION": "NodePort"}),
+        ({}, {"type": "NodePort", "host": "h"}, {"chat-cloud": "NodePort", "REVISION": "NodePort"}),
+        # One address for all revisions, so one Service.
+        (FAR, {"type": "NodePort", "host": "h", "nodePort": 30070}, {"chat-cloud": "NodePort"}),
+        (FAR, {"type": "LoadBalancer"}, {"chat-cloud": "LoadBalancer"}),
+        (FAR, {"type": "ClusterIP", "host": "h"}, {"chat-cloud": "ClusterIP"}),
+    ],
+)
+def test_services_by_kind_of_address(
+    edge: dict[str, Any], expose: dict[str, Any], types: dict[str, str]
+) -> None:
+    wanted = hat(edge=edge, cloud={"expose": expose})
+    found = services(desired(wanted))
+    revision = names.revision(wanted, SETTINGS)
+    assert {name.replace(revision, "REVISION"): thing["spec"]["type"] for name, thing in found.items()} == {
+        name.replace("REVISION", "chat-cloud-REVISION"): kind for name, kind in types.items()
+    }
+    fixed = [port for thing in found.values() for port in thing["spec"]["ports"] if "nodePort" in port]
+    assert len(fixed) == ("nodePort" in expose)
+
+
+def test_devices_of_each_revision_dial_its_node_port_and_may_reach_all() -> None:
+    expose = {"expose": {"type": "NodePort", "host": "h"}}
+    old, new = hat(edge=FAR, cloud=expose), hat(edge=FAR, cloud=expose, split={"inputLayers": 4})
+    first, second = (names.revision(wanted, SETTINGS) for wanted in (old, new))
+    endpoints = {first: "h:30001", second: "h:30002"}
+    assert of_kind(desired(old).edge, "DaemonSet") == []
+    after = desired(
+        new,
+        serving_revision=second,
+        endpoints=endpoints,
+        draining=frozenset({first}),
+        cloud_endpoint="h:30000",
+    )
+    assert option(main(one(after.edge, "DaemonSet")), "--cloud") == "h:30002"
+    rules = one(after.edge, "NetworkPolicy")["spec"]["egress"]
+    ports = {port["port"] for rule in rules for port in rule["ports"]}
+    assert {30001, 30002} <= ports
+    assert 30000 not in ports
+    assert cloud_endpoint(new, Observed(endpoints=endpoints), first) == "h:30001"
 
 
 def test_a_revision_that_was_overtaken_is_not_kept() -> None:
@@ -236,10 +306,11 @@ def test_without_a_serving_revision_everything_is_made_at_once() -> None:
     assert not found.keep_daemonsets
 
 
-def test_only_deployments_and_daemonsets_are_kept() -> None:
+def test_only_what_has_the_serving_revision_is_kept() -> None:
     during = desired(hat(split={"inputLayers": 4}), serving_revision=names.revision(hat(), SETTINGS))
     for thing in desired(hat()).cloud:
-        assert during.keeps(thing) == (thing["kind"] == "Deployment")
+        own = thing["kind"] in ("Deployment", "Service") and thing["metadata"]["name"] != "chat-cloud"
+        assert during.keeps(thing) == own
 
 
 @pytest.mark.parametrize("serving", ["00000000", None])

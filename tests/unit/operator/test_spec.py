@@ -68,9 +68,9 @@ def test_revision_stays_when_pods_may_be_updated_in_place(other: dict[str, objec
 @pytest.mark.parametrize(
     ("expose", "edge", "endpoint"),
     [
-        ({}, {}, "chat-cloud.team.svc:7070"),
-        ({"port": 443}, {}, "chat-cloud.team.svc:443"),
-        ({"type": "LoadBalancer"}, {}, "chat-cloud.team.svc:7070"),
+        ({}, {}, "chat-cloud-0123.team.svc:7070"),
+        ({"port": 443}, {}, "chat-cloud-0123.team.svc:443"),
+        ({"type": "LoadBalancer"}, {}, "chat-cloud-0123.team.svc:7070"),
         ({"type": "LoadBalancer"}, {"clusterRef": REMOTE}, None),
         ({"type": "LoadBalancer", "host": "hat.example.org"}, {"clusterRef": REMOTE}, "hat.example.org:7070"),
         ({"host": "2001:db8::1"}, {}, "[2001:db8::1]:7070"),
@@ -82,7 +82,13 @@ def test_revision_stays_when_pods_may_be_updated_in_place(other: dict[str, objec
 def test_endpoint_as_far_as_the_spec_says_it(
     expose: dict[str, object], edge: dict[str, object], endpoint: str | None
 ) -> None:
-    assert names.fixed_endpoint(hat(edge=edge, cloud={"expose": expose})) == endpoint
+    assert names.fixed_endpoint(hat(edge=edge, cloud={"expose": expose}), "0123") == endpoint
+
+
+def test_without_devices_the_address_is_that_of_whichever_revision_serves() -> None:
+    found = body()
+    del found["spec"]["edge"]
+    assert names.fixed_endpoint(HatDeployment.parse(found), "0123") == "chat-cloud.team.svc:7070"
 
 
 @pytest.mark.parametrize(
