@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hat_operator import names
+from hat_operator import figures, names
 from hat_operator.rollout import revision_of
 
 MAX_ROWS = 200
@@ -46,7 +46,7 @@ def fleet(
         pods: the devices' pods.
         nodes: the nodes that the device selector matches; None if the operator may not read nodes, and then only
             devices that have a pod are known, and none is seen to be Lost.
-        previous: the rows before.
+        previous: the rows before; their figures stay (figures.Pace changes them).
         now: RFC 3339; lastSeen of a row whose phase has changed.
     """
     by_node: dict[str, Mapping[str, Any]] = {}
@@ -61,7 +61,7 @@ def fleet(
         phase = _phase(by_node.get(name), known.get(name))
         old = before.get(name, {})
         seen = old.get("lastSeen") if old.get("phase") == phase else None
-        row = {"name": name, "node": name, "phase": phase, "lastSeen": seen or now}
+        row = {"name": name, "node": name, "phase": phase, "lastSeen": seen or now, **figures.of_row(old)}
         l4t = known.get(name, {}).get("metadata", {}).get("labels", {}).get(names.LABEL_L4T)
         rows.append({**row, "l4t": l4t} if l4t else row)
     phases = Counter(row["phase"] for row in rows)
@@ -73,7 +73,7 @@ def revisions_in_use(
     pods: Iterable[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]] | None
 ) -> frozenset[str]:
     """Revisions of the pods on devices that answer: their cloud must stay until they have moved."""
-    lost = {node["metadata"]["name"] for node in nodes or () if not node_ready(node)}
+    lost = {node["metadata"]["name"] for node in nodes or () if not is_ready(node)}
     found = {
         revision_of(pod)
         for pod in pods
@@ -96,22 +96,22 @@ def node_of(pod: Mapping[str, Any]) -> str | None:
     return None
 
 
-def node_ready(node: Mapping[str, Any]) -> bool:
-    """Whether the node's kubelet answers and says that it is ready."""
-    return _condition(node) == "True"
+def is_ready(obj: Mapping[str, Any]) -> bool:
+    """Whether a node's kubelet answers and says that it is ready, or a pod serves."""
+    return _condition(obj) == "True"
 
 
 def _phase(pod: Mapping[str, Any] | None, node: Mapping[str, Any] | None) -> str:
-    if node is not None and not node_ready(node):
+    if node is not None and not is_ready(node):
         return LOST
     if pod is None or pod.get("status", {}).get("phase", "Pending") == "Pending":
         return PENDING
-    return READY if _condition(pod) == "True" else NOT_READY
+    return READY if is_ready(pod) else NOT_READY
 
 
 def _better(first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> bool:
     """Whether the first of two pods on one node tells more: during an update there may be two."""
-    return first is not None and (_condition(first) == "True" or _condition(second) != "True")
+    return first is not None and (is_ready(first) or not is_ready(second))
 
 
 def _condition(obj: Mapping[str, Any]) -> str | None:

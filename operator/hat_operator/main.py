@@ -20,6 +20,7 @@ from hat_operator.kubeconfig import own_client
 from hat_operator.leader import Identity, Leader
 from hat_operator.reconcile import Reconciler
 from hat_operator.settings import Settings
+from hat_operator.telemetry import Telemetry
 from hat_operator.worker import Worker
 from hat_runtime.errors import HatError
 
@@ -53,9 +54,10 @@ async def run(settings: Settings, home: Cluster, identity: Identity) -> None:
     server.close()
     await server.wait_closed()
     holding = asyncio.create_task(leader.hold(_end), name="lease")
-    worker = Worker(
-        Reconciler(home, EdgeClusters(home), settings), home, settings.namespaces, settings.resync_s
-    )
+    telemetry = Telemetry(home, settings.namespaces, settings.devices_url, settings.resync_s / 2)
+    asking = asyncio.create_task(telemetry.run(), name="telemetry")
+    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry.figures)
+    worker = Worker(reconciler, home, settings.namespaces, settings.resync_s)
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,
@@ -65,6 +67,7 @@ async def run(settings: Settings, home: Cluster, identity: Identity) -> None:
             memo=kopf.Memo(worker=worker),
         )
     finally:
+        asking.cancel()
         holding.cancel()
         await leader.release()
 

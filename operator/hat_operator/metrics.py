@@ -8,7 +8,7 @@ RECONCILE_SECONDS = Histogram(
     "hat_operator_reconcile_seconds",
     "Duration of one reconcile of one HatDeployment.",
     ["result"],
-    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 WRITES = Counter(
     "hat_operator_writes_total",
@@ -17,6 +17,11 @@ WRITES = Counter(
 )
 REQUEST_ERRORS = Counter(
     "hat_operator_request_errors_total", "Requests to a cluster that failed, by reason.", ["reason"]
+)
+DEVICE_POLLS = Counter(
+    "hat_operator_device_polls_total",
+    "Questions to pods of the cloud about their devices, by result.",
+    ["result"],
 )
 QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
 LEADER = Gauge("hat_operator_leader", "1 while this process holds the lease.")

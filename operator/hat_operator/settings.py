@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from string import Formatter
 
 from hat_runtime.errors import UsageError
 
 PREFIX = "HAT_OPERATOR_"
+DEVICES_URL = "http://{ip}:7071/v1/devices"
 
 
 def package_version() -> str:
@@ -33,13 +35,16 @@ class Settings:
     metrics_port: int = 8080
     health_port: int = 8081
     log_format: str = "text"
+    devices_url: str = DEVICES_URL
+    """Where a pod of the cloud lists its devices; {ip}, {namespace} and {pod} are the pod's."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or package_version())
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read HAT_OPERATOR_REGISTRY, _VERSION, _NAMESPACES, _RESYNC_SECONDS, _METRICS_PORT, _HEALTH_PORT, _LOG_FORMAT.
+        """Read HAT_OPERATOR_REGISTRY, _VERSION, _NAMESPACES, _RESYNC_SECONDS, _METRICS_PORT, _HEALTH_PORT, _LOG_FORMAT
+        and _DEVICES_URL.
 
         Raises:
             UsageError: names the variable and echoes its value.
@@ -64,6 +69,12 @@ class Settings:
         log_format = value("LOG_FORMAT", "text")
         if log_format not in ("text", "json"):
             raise UsageError(f"{PREFIX}LOG_FORMAT: {log_format!r} is neither text nor json")
+        devices_url = value("DEVICES_URL", DEVICES_URL)
+        if not _is_devices_url(devices_url):
+            text = (
+                "is not an http:// or https:// URL in which only {ip}, {namespace} and {pod} stand in braces"
+            )
+            raise UsageError(f"{PREFIX}DEVICES_URL: {devices_url!r} {text}")
         return cls(
             registry=value("REGISTRY", "").rstrip("/"),
             version=value("VERSION", ""),
@@ -72,8 +83,17 @@ class Settings:
             metrics_port=port("METRICS_PORT", 8080),
             health_port=port("HEALTH_PORT", 8081),
             log_format=log_format,
+            devices_url=devices_url,
         )
 
     def image(self, name: str, tag: str) -> str:
         """Full name of one of HAT's images."""
         return f"{self.registry}/{name}:{tag}" if self.registry else f"{name}:{tag}"
+
+
+def _is_devices_url(text: str) -> bool:
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    except ValueError:
+        return False
+    return text.startswith(("http://", "https://")) and set(fields) <= {"ip", "namespace", "pod"}

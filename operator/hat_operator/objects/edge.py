@@ -110,6 +110,9 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
         mounts,
         environment,
     )
+    # The name by which the cloud lists the device, as status.devices does.
+    node = {"fieldRef": {"apiVersion": "v1", "fieldPath": "spec.nodeName"}}
+    main["env"].append({"name": "HAT_DEVICE_NAME", "valueFrom": node})
     port: dict[str, Any] = {"name": "http", "containerPort": names.DEVICE_PORT, "protocol": "TCP"}
     if edge.api.host_port:
         port["hostPort"] = edge.api.host_port

@@ -1,0 +1,169 @@
+"""Collects what the cloud's pods know of the devices: devices are behind NAT, so nobody else can ask them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from hat_operator import figures, metrics, names
+from hat_operator.cluster import Cluster, ClusterError
+from hat_operator.devices import is_ready
+from hat_operator.figures import Figures
+from hat_operator.kinds import POD
+
+log = logging.getLogger(__name__)
+TIMEOUT_S = 3.0
+PARALLEL = 16
+MAX_BYTES = 2 << 20
+"""Longest answer that is read; a full table of a cloud pod is shorter."""
+MAX_ROWS = 4096
+STALE_S = 600.0
+"""A device that no pod has heard for so long says nothing about now."""
+
+Key = tuple[str, str]
+_SELECTOR = names.selector_text(
+    {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_COMPONENT: names.CLOUD}
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one pod knows of one device."""
+
+    device: str
+    contact: float
+    """Monotonic seconds of this process: the age that the pod gave, taken from the time of its answer."""
+    figures: Figures
+
+
+class Telemetry:
+    """Asks every ready pod of the cloud in turn; reconciles only read what was found, so no pod can hold them up."""
+
+    def __init__(self, home: Cluster, namespaces: Sequence[str], url: str, every_s: float) -> None:
+        """Nothing is asked before `run`.
+
+        Args:
+            home: where the cloud's pods are.
+            namespaces: those that are served; none means all.
+            url: of a pod's list of devices, with {ip}, {namespace} and {pod} for the pod's own.
+            every_s: seconds between two rounds.
+        """
+        self._home = home
+        self._namespaces = namespaces
+        self._url = url
+        self._every_s = every_s
+        self._reports: dict[Key, dict[str, list[Report]]] = {}
+        """Of each HatDeployment, by pod: one that does not answer keeps what it said last."""
+
+    def figures(self, namespace: str, name: str) -> dict[str, Figures]:
+        """The newest figures of each device of a HatDeployment."""
+        return newest(self._reports.get((namespace, name), {}).values(), time.monotonic())
+
+    async def run(self) -> None:
+        """Ask, round after round, until cancelled."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        connector = aiohttp.TCPConnector(limit=PARALLEL, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            while True:
+                try:
+                    await self.ask_all(session)
+                except ClusterError as error:
+                    log.warning("the cloud's pods were not listed: %s: %s", error.reason, error)
+                except Exception:
+                    log.exception("asking the cloud's pods for their devices failed")
+                await asyncio.sleep(self._every_s)
+
+    async def ask_all(self, session: aiohttp.ClientSession) -> None:
+        """One round.
+
+        Raises:
+            ClusterError: the pods could not be listed; what was known stays.
+        """
+        pods: list[Mapping[str, Any]] = []
+        for namespace in self._namespaces or (None,):
+            pods += [pod for pod in await self._home.list(POD, namespace, _SELECTOR) if is_ready(pod)]
+        slots = asyncio.Semaphore(PARALLEL)
+        answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
+        found: dict[Key, dict[str, list[Report]]] = {}
+        for pod, answer in zip(pods, answers, strict=True):
+            key, uid = _owner(pod), pod["metadata"]["uid"]
+            if answer is None:
+                answer = self._reports.get(key, {}).get(uid, [])
+            found.setdefault(key, {})[uid] = answer
+        self._reports = found
+
+    async def _ask(
+        self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Mapping[str, Any]
+    ) -> list[Report] | None:
+        meta = pod["metadata"]
+        address = str(pod["status"].get("podIP", ""))
+        host = f"[{address}]" if ":" in address else address
+        url = self._url.format(ip=host, namespace=meta["namespace"], pod=meta["name"])
+        try:
+            async with slots, session.get(url, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise ValueError(f"status {response.status}")
+                found = parse(await _body(response), time.monotonic())
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            metrics.DEVICE_POLLS.labels("failed").inc()
+            log.debug("%s: %s", url, error or type(error).__name__)
+            return None
+        metrics.DEVICE_POLLS.labels("ok").inc()
+        return found
+
+
+def parse(body: bytes, now: float) -> list[Report]:
+    """The rows of an answer; those that are none are left out.
+
+    Raises:
+        ValueError: it is no such answer at all.
+    """
+    content = json.loads(body)
+    rows = content.get("devices") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError("an object with a list `devices` is missing")
+    found = []
+    for row in rows[:MAX_ROWS]:
+        name, age = (
+            (row.get("name"), row.get("seconds_since_contact")) if isinstance(row, dict) else (None, None)
+        )
+        if isinstance(name, str) and isinstance(age, int | float) and 0 <= age <= STALE_S:
+            found.append(Report(name, now - age, figures.from_report(row)))
+    return found
+
+
+def newest(reports: Iterable[Iterable[Report]], now: float) -> dict[str, Figures]:
+    """Each device's figures as the pod says that heard it last; a device without figures or contact is left out."""
+    latest: dict[str, Report] = {}
+    for of_pod in reports:
+        for report in of_pod:
+            known = latest.get(report.device)
+            if (
+                report.figures
+                and now - report.contact <= STALE_S
+                and (known is None or report.contact > known.contact)
+            ):
+                latest[report.device] = report
+    return {device: report.figures for device, report in latest.items()}
+
+
+def _owner(pod: Mapping[str, Any]) -> Key:
+    """The HatDeployment of a pod: the namespace is the pod's own, whatever its labels say."""
+    meta = pod["metadata"]
+    return meta["namespace"], meta.get("labels", {}).get(names.LABEL_DEPLOYMENT, "")
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    found = bytearray()
+    async for part in response.content.iter_chunked(1 << 16):
+        found += part
+        if len(found) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+    return bytes(found)

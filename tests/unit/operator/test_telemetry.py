@@ -1,0 +1,163 @@
+"""What the operator makes of the answers of the cloud's pods, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from hat_operator import metrics
+from hat_operator.cluster import ClusterError
+from hat_operator.settings import Settings
+from hat_operator.telemetry import STALE_S, Telemetry, newest, parse
+from hat_runtime.errors import UsageError
+
+
+def answer(*rows: dict[str, Any]) -> bytes:
+    return json.dumps({"devices": rows}).encode()
+
+
+def device(name: str, age: float, chunk: int) -> dict[str, Any]:
+    return {"name": name, "seconds_since_contact": age, "chunk_tokens": chunk}
+
+
+def test_the_pod_that_heard_a_device_last_is_right() -> None:
+    first = parse(answer(device("a", 5.0, 64), device("b", 1.0, 64)), 100.0)
+    second = parse(answer(device("a", 2.0, 128), {"name": "b", "seconds_since_contact": 0.0}), 100.0)
+    # A contact without figures says nothing: b's stay those of the first pod.
+    expected = {"a": {"chunkSize": 128}, "b": {"chunkSize": 64}}
+    assert newest([first, second], 100.0) == expected
+    assert newest([second, first], 100.0) == expected
+    assert newest([first, second], 100.0 + STALE_S - 1.5) == {"b": {"chunkSize": 64}}
+
+
+def test_rows_that_are_none_are_left_out() -> None:
+    rows = [device("ok", 1.0, 64), device("late", STALE_S + 1, 64), {"name": "x"}, {"name": 7}, None, "a", []]
+    assert [report.device for report in parse(answer(*rows), 0.0)] == ["ok"]
+
+
+@pytest.mark.parametrize("body", [b"", b"not json", b"[]", b"{}", b'{"devices": {}}'])
+def test_an_answer_that_is_none_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - json's own or ours
+        parse(body, 0.0)
+
+
+class Pods:
+    """The API's list of pods."""
+
+    def __init__(self) -> None:
+        self.pods: list[dict[str, Any]] = []
+        self.away = False
+
+    async def list(self, kind: Any, namespace: str | None, selector: str) -> list[dict[str, Any]]:
+        assert selector == "app.kubernetes.io/managed-by=hat-operator,app.kubernetes.io/component=cloud"
+        if self.away:
+            raise ClusterError("Unreachable", "away")
+        return [pod for pod in self.pods if namespace in (None, pod["metadata"]["namespace"])]
+
+    def add(self, name: str, *, ready: bool = True, namespace: str = "team-a") -> None:
+        meta = {"name": name, "uid": name, "namespace": namespace, "labels": {"hat.dev/deployment": "chat"}}
+        conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
+        self.pods.append({"metadata": meta, "status": {"podIP": "192.0.2.1", "conditions": conditions}})
+
+
+class CloudPods:
+    """An HTTP server that answers for each pod under its name."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.replies: dict[str, web.Response] = {}
+        self.slow: set[str] = set()
+        self.url = ""
+
+    async def reply(self, request: web.Request) -> web.Response:
+        pod = request.match_info["pod"]
+        self.asked.append(pod)
+        if pod in self.slow:
+            await asyncio.sleep(60)
+        return self.replies.get(pod) or web.Response(status=404)
+
+
+@pytest.fixture
+async def cloud() -> AsyncIterator[CloudPods]:
+    pods = CloudPods()
+    app = web.Application()
+    app.router.add_get("/{namespace}/{pod}/v1/devices", pods.reply)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    pods.url = f"http://127.0.0.1:{port}/{{namespace}}/{{pod}}/v1/devices"
+    yield pods
+    await runner.cleanup()
+
+
+async def test_ready_pods_are_asked_and_one_that_does_not_answer_costs_its_timeout_only(
+    cloud: CloudPods,
+) -> None:
+    api = Pods()
+    for name in ("one", "two", "gone", "moved", "long"):
+        api.add(name)
+    api.add("starting", ready=False)
+    api.add("elsewhere", namespace="team-b")
+    cloud.replies = {
+        "one": web.Response(body=answer(device("a", 1.0, 64))),
+        "two": web.Response(body=answer(device("a", 0.5, 128), device("b", 0.5, 32))),
+        "moved": web.Response(status=307, headers={"Location": "/team-a/one/v1/devices"}),
+        "long": web.Response(body=b" " * (3 << 20)),
+        "elsewhere": web.Response(body=answer(device("a", 0.0, 999))),
+    }
+    telemetry = Telemetry(api, ["team-a"], cloud.url, 60.0)  # type: ignore[arg-type]
+    failed = metrics.DEVICE_POLLS.labels("failed")
+    before = failed._value.get()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.5)) as session:
+        cloud.slow = {"gone"}
+        await telemetry.ask_all(session)
+        assert sorted(cloud.asked) == ["gone", "long", "moved", "one", "two"]
+        assert failed._value.get() == before + 3
+        both = {"a": {"chunkSize": 128}, "b": {"chunkSize": 32}}
+        assert telemetry.figures("team-a", "chat") == both
+        assert telemetry.figures("team-b", "chat") == {}
+        # A pod that fails keeps what it said; a pod that is gone does not; a list that fails changes nothing.
+        del cloud.replies["two"]
+        await telemetry.ask_all(session)
+        assert telemetry.figures("team-a", "chat") == both
+        api.away = True
+        with pytest.raises(ClusterError):
+            await telemetry.ask_all(session)
+        assert telemetry.figures("team-a", "chat") == both
+        api.away = False
+        api.pods = [pod for pod in api.pods if pod["metadata"]["name"] != "two"]
+        await telemetry.ask_all(session)
+        assert telemetry.figures("team-a", "chat") == {"a": {"chunkSize": 64}}
+
+
+async def test_rounds_go_on_when_the_api_is_away(cloud: CloudPods) -> None:
+    api = Pods()
+    api.add("one")
+    api.away = True
+    cloud.replies["one"] = web.Response(body=answer(device("a", 0.0, 64)))
+    telemetry = Telemetry(api, (), cloud.url, 0.01)  # type: ignore[arg-type]
+    task = asyncio.create_task(telemetry.run())
+    try:
+        await asyncio.sleep(0.05)
+        api.away = False
+        deadline = time.monotonic() + 20
+        while not telemetry.figures("team-a", "chat"):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+
+
+@pytest.mark.parametrize("url", ["ftp://{ip}", "http://{host}/", "http://{}/", "http://{ip", "{ip}:7071"])
+def test_a_wrong_url_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="HAT_OPERATOR_DEVICES_URL"):
+        Settings.from_environment({"HAT_OPERATOR_DEVICES_URL": url})
