@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.harness import binaries
 from tests.harness.controlplane import ControlPlane
+from tests.harness.release import CHART, Helm
 
-CHART = Path(__file__).resolve().parents[2] / "charts" / "hat-operator"
 DEPLOYMENT = "hat-hat-operator"
 
 
@@ -21,33 +18,16 @@ def installed(
     control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     """The chart installed for one namespace: the release's namespace and the served one. Nothing runs there."""
-    helm = binaries.cache_folder() / binaries.HELM / "helm"
-    if not helm.is_file():
-        pytest.skip("no helm; `python -m tests.harness.binaries helm` builds it")
-    home = tmp_path_factory.mktemp("helm")
     with control_plane.namespace() as release, control_plane.namespace() as served:
         control_plane.kubectl("label", "namespace", release, "pod-security.kubernetes.io/enforce=restricted")
-
-        def run(*arguments: str) -> None:
-            command = [
-                str(helm),
-                "--kubeconfig",
-                str(control_plane.kubeconfig),
-                "--namespace",
-                release,
-                *arguments,
-            ]
-            env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-            assert done.returncode == 0, done.stderr
-
+        helm = Helm(control_plane.kubeconfig, release, tmp_path_factory.mktemp("helm"))
         settings = ("--set", f"namespaces={{{served}}}", "--set", "replicas=2", "--set", "crds.enabled=false")
-        run("install", "hat", str(CHART), *settings)
+        helm.run("install", "hat", str(CHART), *settings)
         try:
             yield release, served
         finally:
             # No kubelet here, so the hook's job would never end.
-            run("uninstall", "hat", "--no-hooks")
+            helm.run("uninstall", "hat", "--no-hooks")
 
 
 def test_pods_pass_restricted_pod_security(control_plane: ControlPlane, installed: tuple[str, str]) -> None:
