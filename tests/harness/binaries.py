@@ -22,9 +22,19 @@ from tests.harness import gobuild
 
 KUBERNETES = "v1.34.2"
 HELM = "v4.2.4"
+KWOK = "v0.8.0"
+COREDNS = "v1.14.2"
 ETCD_PACKAGE = "etcd-server"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-BUILT_WITH_KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kubectl")
+NODE = ("kube-scheduler", "kubelet", "kube-proxy", "coredns")
+BUILT_WITH_KUBERNETES = (
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kubectl",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+)
 
 Say = Callable[[str], None]
 
@@ -44,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def find(name: str, say: Say = say_on_stderr) -> Path:
-    """Path of the program `name`: one of CONTROL_PLANE, or helm. Builds or unpacks it where it is not here yet.
+    """Path of the program `name`: one of CONTROL_PLANE or NODE, or helm. Builds or unpacks it where it is not here yet.
 
     KUBEBUILDER_ASSETS, the convention of controller-runtime's envtest, comes first. Raises MissingProgramError.
     """
@@ -54,9 +64,13 @@ def find(name: str, say: Say = say_on_stderr) -> Path:
         return _etcd(say)
     if name == "helm":
         return _on_path("helm", r"v(\d+)\.", range(3, 5), "version", "--short") or _helm(say)
+    if name == "kwok":
+        return _built(KWOK, name, say, lambda target: gobuild.kwok(KWOK, target))
+    if name == "coredns":
+        return _built(COREDNS, name, say, lambda target: gobuild.coredns(COREDNS, target))
     if name not in BUILT_WITH_KUBERNETES:
         raise ValueError(
-            f"find: no program is called {name!r}; there are: {', '.join((*CONTROL_PLANE, 'helm'))}"
+            f"find: no program is called {name!r}; there are: {', '.join((*CONTROL_PLANE, *NODE, 'helm'))}"
         )
     version = _kubernetes_version()
     if name == "kubectl":

@@ -26,7 +26,10 @@ from kubernetes import config as kube_config
 from hat_runtime.cli.processes import Child
 from tests.harness.credentials import Credentials
 
-_PREFIX = "hat-kube-"
+SERVICE_CIDR = "10.96.0.0/16"
+NODE_GRACE_S = 20
+"""After this time without a word from its kubelet a node is NotReady."""
+PREFIX = "hat-kube-"
 _READY_S = 90.0
 _AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
@@ -41,12 +44,15 @@ class KubectlError(Exception):
 
 
 class ControlPlane:
-    """Starts the three programs on free ports of 127.0.0.1, with its own credentials, in a temporary folder.
+    """Starts the three programs on free ports of loopback, with its own credentials, in a temporary folder.
 
     The programs end with the thread that called `start` (the kernel sees to it, even after kill -9), so call it from
     the main thread. The folder of a run that was killed is deleted by the next one. No scheduler and no kubelet: pods
-    stay Pending. Every HatError of `start` shows the last lines of the program that failed.
+    stay Pending (cluster.py has a node). Every HatError of `start` shows the last lines of the program that failed.
     """
+
+    address = "127.0.0.1"
+    """Where the apiserver listens."""
 
     def __init__(self, programs: Mapping[str, Path], name: str = "test", audit: bool = False) -> None:
         """Nothing starts yet.
@@ -64,7 +70,7 @@ class ControlPlane:
     def start(self) -> None:
         """Starts everything and waits until it serves. Raises HatError, MissingProgramError."""
         _delete_abandoned()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         try:
             self._start()
         except BaseException:
@@ -72,26 +78,25 @@ class ControlPlane:
             raise
 
     def _start(self) -> None:
-        self._credentials = Credentials(self.folder)
+        self._credentials = self._make_credentials()
         self._credentials.write()
         (self.folder / "audit-policy.json").write_text(json.dumps(_AUDIT_POLICY))
         self._etcd = f"http://127.0.0.1:{_free_port()}"
-        self._port = _free_port()
-        self.server = f"https://127.0.0.1:{self._port}"
+        self._port = self._choose_port()
+        self.server = f"https://{self.address}:{self._port}"
         self.kubeconfig = self._credentials.kubeconfig(
             self.folder / "admin.kubeconfig", self.server, self._credentials.admin
         )
         controllers = self._credentials.kubeconfig(
             self.folder / "controllers.kubeconfig", self.server, self._credentials.controllers
         )
-        child = self._run(
+        self._run(
             "etcd",
             data_dir=self.folder / "etcd",
             listen_client_urls=self._etcd,
             advertise_client_urls=self._etcd,
             listen_peer_urls="http://127.0.0.1:0",
         )
-        child.wait_ready(f"{self._etcd}/health", _READY_S)
         self.start_apiserver()
         self._run(
             "kube-controller-manager",
@@ -103,22 +108,35 @@ class ControlPlane:
             use_service_account_credentials="true",
             leader_elect="false",
             secure_port=0,
-            node_monitor_grace_period="20s",
+            node_monitor_grace_period=f"{NODE_GRACE_S}s",
         )
         core = kube.CoreV1Api(self.client())
         self._wait("kube-controller-manager", lambda: _why_no_account(core, "default"))
+
+    def _make_credentials(self) -> Credentials:
+        return Credentials(self.folder)
+
+    def _choose_port(self) -> int:
+        return _free_port()
+
+    def _apiserver_flags(self) -> dict[str, object]:
+        """What differs where the cluster has nodes."""
+        # A Service's endpoints cannot be loopback addresses; nothing here calls kubernetes.default.
+        return {"endpoint_reconciler_type": "none"}
+
+    def _prefix(self) -> list[str]:
+        """Comes before each program's command."""
+        return []
 
     def start_apiserver(self) -> None:
         """Starts the apiserver on its port and waits until it is ready. For use after `stop_apiserver`."""
         folder = self.folder
         flags: dict[str, object] = {
             "etcd_servers": self._etcd,
-            "bind_address": "127.0.0.1",
-            "advertise_address": "127.0.0.1",
-            # A Service's endpoints cannot be loopback addresses; nothing here calls kubernetes.default.
-            "endpoint_reconciler_type": "none",
+            "bind_address": self.address,
+            "advertise_address": self.address,
             "secure_port": self._port,
-            "service_cluster_ip_range": "10.96.0.0/16",
+            "service_cluster_ip_range": SERVICE_CIDR,
             "tls_cert_file": folder / "server.crt",
             "tls_private_key_file": folder / "server.key",
             "client_ca_file": folder / "ca.crt",
@@ -130,6 +148,7 @@ class ControlPlane:
             # On in some distributions: without it no test would miss the right on an owner's finalizers.
             "enable_admission_plugins": "OwnerReferencesPermissionEnforcement",
             "cert_dir": folder / "apiserver",
+            **self._apiserver_flags(),
         }
         if self._audit:
             flags["audit_policy_file"] = folder / "audit-policy.json"
@@ -206,15 +225,17 @@ class ControlPlane:
 
     def _run(self, program: str, **flags: object) -> Child:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        child = Child(f"{program} ({self.name})", [str(self._programs[program]), *arguments])
+        command = [*self._prefix(), str(self._programs[program]), *arguments]
+        child = Child(f"{program} ({self.name})", command)
         self._children[program] = child
         return child
 
     def _wait(self, program: str, reason: Callable[[], str | None]) -> None:
-        """Waits until `reason` is None. Raises HatError if the program ends, TimeoutError."""
+        """Waits until `reason` is None. Raises HatError if a program ends, TimeoutError."""
         deadline = time.monotonic() + _READY_S
         while (why := reason()) is not None:
-            self._children[program].check()
+            for child in self._children.values():
+                child.check()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{program} ({self.name}) is not ready after {_READY_S:.0f} s: {why}")
             time.sleep(0.05)
@@ -262,7 +283,12 @@ def _free_port() -> int:
 
 def _delete_abandoned() -> None:
     """Deletes the folders of test runs that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        owner = folder.name.removeprefix(_PREFIX).split("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if is_abandoned(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether a folder or a cgroup of this name belongs to a run that has ended."""
+    owner = name.removeprefix(PREFIX).split("-")[0]
+    return owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists()

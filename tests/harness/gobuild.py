@@ -84,6 +84,12 @@ def kwok(version: str, target: Path) -> None:
     _command("sigs.k8s.io/kwok/cmd/kwok", version, "sigs.k8s.io/kwok/pkg/consts.Version", target)
 
 
+def coredns(version: str, target: Path) -> None:
+    """Builds CoreDNS of `version` (vMAJOR.MINOR.PATCH) to `target`. Raises BuildError."""
+    module = "github.com/coredns/coredns"
+    _command(module, version, f"{module}/coremain.GitCommit", target)
+
+
 def _command(package: str, version: str, version_variable: str, target: Path) -> None:
     """Builds a program that needs no other version of a module than its own go.mod says."""
     with tempfile.TemporaryDirectory() as folder:

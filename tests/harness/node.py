@@ -1,0 +1,179 @@
+"""One Kubernetes node in a sandbox: containerd, kubelet, kube-proxy and pods."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+from hat_runtime.cli.processes import Child
+from tests.harness import images
+from tests.harness.sandbox import Sandbox
+
+TOOLS = {
+    "containerd": "containerd",
+    "ctr": "containerd",
+    "runc": "runc",
+    "mount": "mount",
+}
+CNI_FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
+POD_CIDR = "10.244.0.0/24"
+_STORE = "/var/lib/containerd"
+_STATE = "/run/containerd"
+_SOCKET = f"{_STATE}/containerd.sock"
+
+
+class Node:
+    """Runs in the namespaces of `sandbox`; its pods end with them."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path, programs: Mapping[str, Path]) -> None:
+        """Nothing starts yet.
+
+        Args:
+            sandbox: a running one.
+            folder: for configuration files.
+            programs: paths of kubelet and kube-proxy.
+        """
+        self.name = f"{sandbox.name}-node"
+        self._sandbox = sandbox
+        self._folder = folder
+        self._programs = programs
+        self._children: dict[str, Child] = {}
+
+    def start_containerd(self, cache: Path) -> None:
+        """Starts the container runtime and waits until it serves. `cache`: where the model's package is kept."""
+        spec = json.loads(self._sandbox.run("ctr", "oci", "spec"))
+        for place, folder in images.host_folders(images.model_package(cache)).items():
+            options = ["rbind", "ro", "nosuid", "nodev"]
+            spec["mounts"].append(
+                {"destination": str(place), "type": "bind", "source": str(folder), "options": options}
+            )
+        base = self._write("container.json", spec)
+        network = self._folder / "cni"
+        network.mkdir(exist_ok=True)
+        # A point-to-point link for each pod: traffic between pods passes the node's firewall rules, which are the
+        # Services, without the kernel's bridge filter.
+        addresses = {
+            "type": "host-local",
+            "ranges": [[{"subnet": POD_CIDR}]],
+            "routes": [{"dst": "0.0.0.0/0"}],
+        }
+        link = {"type": "ptp", "ipMasq": True, "ipam": addresses}
+        ports = {"type": "portmap", "capabilities": {"portMappings": True}}
+        self._write("cni/10-pods.conflist", {"cniVersion": "1.0.0", "name": "pods", "plugins": [link, ports]})
+        cni = next(folder for folder in CNI_FOLDERS if folder.is_dir())
+        config = self._folder / "containerd.toml"
+        config.write_text(
+            f"""version = 2
+root = "{_STORE}"
+state = "{_STATE}"
+[grpc]
+  address = "{_SOCKET}"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{self._folder}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{images.PAUSE}"
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    base_runtime_spec = "{base}"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{cni}"
+    conf_dir = "{network}"
+"""
+        )
+        self._children["containerd"] = self._sandbox.start(
+            f"containerd ({self.name})", ["containerd", "--config", str(config)]
+        )
+        self._sandbox.wait_for(lambda: self._answers("version"), self._children["containerd"])
+        self.load(images.write_pause(self._folder / "pause.tar"))
+
+    def load(self, archive: Path) -> None:
+        """Adds the images of an OCI archive to those that pods can use, and deletes the archive."""
+        self._sandbox.run(
+            "ctr", "-a", _SOCKET, "-n", "k8s.io", "images", "import", str(archive), timeout_s=300
+        )
+        archive.unlink()
+
+    def start_kubelet(self, kubeconfig: Path, dns: str, labels: Mapping[str, str]) -> None:
+        """Starts the kubelet. `labels`: the node's own; `dns`: address of the cluster's name server."""
+        secret = {"anonymous": {"enabled": False}, "webhook": {"enabled": True}}
+        config = {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "cgroupDriver": "cgroupfs",
+            "cgroupRoot": self._sandbox.cgroup,
+            "enforceNodeAllocatable": [],
+            "failSwapOn": False,
+            "failCgroupV1": False,
+            "makeIPTablesUtilChains": False,
+            # A full disk of the machine is not this node's matter.
+            "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%"},
+            "imageGCHighThresholdPercent": 100,
+            "resolvConf": "",
+            "clusterDNS": [dns],
+            "clusterDomain": "cluster.local",
+            "nodeStatusUpdateFrequency": "4s",
+            "containerRuntimeEndpoint": f"unix://{_SOCKET}",
+            "authentication": {**secret, "x509": {"clientCAFile": str(self._folder / "ca.crt")}},
+            "authorization": {"mode": "Webhook"},
+        }
+        flags = {
+            "config": self._write("kubelet.json", config),
+            "kubeconfig": kubeconfig,
+            "hostname-override": self.name,
+            "node-ip": self._sandbox.address,
+            "node-labels": ",".join(f"{key}={value}" for key, value in labels.items()),
+        }
+        command = [str(self._programs["kubelet"]), *(f"--{key}={value}" for key, value in flags.items())]
+        self._kubelet = command
+        self.resume_kubelet()
+
+    def stop_kubelet(self) -> None:
+        """The node is lost to its cluster: pods go on running."""
+        self._sandbox.end(self._children.pop("kubelet"), signal.SIGKILL)
+
+    def resume_kubelet(self) -> None:
+        """Starts the kubelet as it was."""
+        self._children["kubelet"] = self._sandbox.start(f"kubelet ({self.name})", self._kubelet)
+
+    def check(self) -> None:
+        """Raises HatError if containerd or the kubelet has ended."""
+        for child in self._children.values():
+            child.check()
+
+    def log(self, program: str) -> str:
+        """What containerd or kubelet have printed."""
+        return self._children[program].output()
+
+    def stop(self) -> None:
+        """Ends kubelet and containerd. Pods end with the sandbox."""
+        for name in ("kubelet", "containerd"):
+            if name in self._children:
+                self._sandbox.end(self._children.pop(name), signal.SIGKILL)
+
+    def _answers(self, *arguments: str) -> bool:
+        try:
+            self._sandbox.run("ctr", "-a", _SOCKET, *arguments)
+        except RuntimeError:
+            return False
+        return True
+
+    def _write(self, name: str, content: object) -> Path:
+        path = self._folder / name
+        path.write_text(json.dumps(content, indent=1))
+        return path
+
+
+def missing_cni() -> str | None:
+    """None where the network plugins are installed."""
+    if any((folder / "ptp").is_file() for folder in CNI_FOLDERS):
+        return None
+    return f"no CNI plugins in {CNI_FOLDERS[0]} (Debian's package containernetworking-plugins)"
+
+
+def missing_linker() -> str | None:
+    """None where `ldd` is there, by which the pause image is made."""
+    return None if shutil.which("ldd") else "ldd is not on PATH"
