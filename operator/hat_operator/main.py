@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
@@ -19,7 +20,7 @@ from hat_operator.edges import EdgeClusters
 from hat_operator.kubeconfig import own_client
 from hat_operator.leader import Identity, Leader
 from hat_operator.reconcile import Reconciler
-from hat_operator.settings import Settings
+from hat_operator.settings import PREFIX, Settings
 from hat_operator.telemetry import Telemetry
 from hat_operator.worker import Worker
 from hat_runtime.errors import HatError
@@ -31,6 +32,11 @@ HOME_THREADS = 16
 
 def main() -> None:
     """Run until a signal or the loss of the lease; exit status 2 for a wrong setting."""
+    argparse.ArgumentParser(
+        prog="hat-operator",
+        description="Run the operator of HatDeployments in the cluster of its pod, or of KUBECONFIG.",
+        epilog=f"Settings come from the environment, {PREFIX}...; the chart hat-operator sets them.",
+    ).parse_args()
     try:
         settings = Settings.from_environment(os.environ)
         api_client = own_client()
