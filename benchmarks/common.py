@@ -59,12 +59,14 @@ def one_core_each() -> tuple[frozenset[int], frozenset[int]]:
     return frozenset({cores[0]}), frozenset({cores[1]})
 
 
-def facts(model: Path) -> dict[str, str]:
-    """Model, machine, software, commit and command: what a reader needs to repeat a run. No path of the machine."""
+def facts(
+    model: Path | None, packages: Sequence[str] = ("torch", "transformers", "grpcio")
+) -> dict[str, str]:
+    """Model if any, machine, software, commit and command, to repeat a run by. No path of the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    software = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "grpcio"))
+    software = ", ".join(f"{name} {version(name)}" for name in packages)
     return {
-        "model": model.name,
+        **({} if model is None else {"model": model.name}),
         "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {platform.system()}",
         "software": f"Python {platform.python_version()}, {software}",
         "commit": _commit(),
@@ -118,4 +120,5 @@ def _commit() -> str:
 
 def _command() -> str:
     words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-    return f"HAT_DATA=... {shlex.join(words)}"
+    data = "HAT_DATA=... " if os.environ.get("HAT_DATA") else ""
+    return data + shlex.join(words)

@@ -14,6 +14,9 @@ import yaml
 from kubernetes import client, config
 from urllib3.util import Retry
 
+from hat_operator import names
+from hat_operator.settings import package_version
+
 _USER_REFUSED = ("exec", "auth-provider", "tokenFile", "client-certificate", "client-key")
 _CLUSTER_REFUSED = ("certificate-authority",)
 
@@ -37,7 +40,7 @@ def client_from_kubeconfig(text: str, context: str = "") -> client.ApiClient:
         )
     except (config.ConfigException, ValueError, TypeError, KeyError) as error:
         raise KubeconfigError(f"kubeconfig: cannot be used ({type(error).__name__})") from None
-    return client.ApiClient(configuration)
+    return _client(configuration)
 
 
 def own_client() -> client.ApiClient:
@@ -51,7 +54,7 @@ def own_client() -> client.ApiClient:
         config.load_incluster_config(client_configuration=configuration)
     except config.ConfigException:
         config.load_kube_config(client_configuration=configuration, persist_config=False)
-    return client.ApiClient(configuration)
+    return _client(configuration)
 
 
 def checked_kubeconfig(text: str, context: str) -> dict[str, Any]:
@@ -107,6 +110,13 @@ def _entries(content: Mapping[str, Any], plural: str, singular: str) -> dict[str
             raise KubeconfigError(f"{plural}[{index}].name: {entry['name']!r} occurs twice")
         found[entry["name"]] = value
     return found
+
+
+def _client(configuration: client.Configuration) -> client.ApiClient:
+    made = client.ApiClient(configuration)
+    # What audit logs show beside each request.
+    made.user_agent = f"{names.FIELD_MANAGER}/{package_version()}"
+    return made
 
 
 def _configuration() -> client.Configuration:

@@ -10,7 +10,8 @@ import pytest
 
 from hat_operator.cluster import Cluster
 from hat_operator.kubeconfig import client_from_kubeconfig
-from tests.harness.binaries import MissingProgramError, find_all
+from tests.harness import kwok
+from tests.harness.binaries import CONTROL_PLANE, MissingProgramError, find_all
 from tests.harness.ci import skip_or_fail
 from tests.harness.controlplane import ControlPlane
 from tests.operator.home import Home, inline
@@ -23,8 +24,8 @@ _missing: list[str] = []
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Gets the programs before the first test: a build takes longer than a test may."""
-    wanted = any(PLANES & set(getattr(item, "fixturenames", ())) for item in session.items)
-    if not wanted or session.config.option.collectonly:
+    used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if not used & PLANES or session.config.option.collectonly:
         return
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
 
@@ -33,9 +34,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             terminal.write_line(line)
 
     try:
-        _programs.update(find_all(say=say))
+        _programs.update(find_all((*CONTROL_PLANE, *(kwok.PROGRAMS if "programs" in used else ())), say))
     except MissingProgramError as error:
         _missing.append(f"no Kubernetes control plane: {error}")
+
+
+@pytest.fixture(scope="session")
+def programs(control_plane: ControlPlane) -> dict[str, Path]:
+    """Paths of the programs of a control plane and of a fleet of fake nodes."""
+    return _programs
 
 
 @contextmanager
