@@ -93,6 +93,10 @@ full-split-overhead: $(STAMP)  ## tokens/s against local transformers, 1 and 8 s
 full-ttft: $(STAMP)  ## time to first token against the physical limit
 	@$(BIN)/python benchmarks/ttft.py $(ARGS)
 
+.PHONY: full-operator-cost
+full-operator-cost: $(STAMP)  ## the operator's writes, times and memory with 30 to 1,000 fake devices
+	@$(BIN)/python benchmarks/operator_cost.py $(ARGS)
+
 .PHONY: full-stress
 full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
 	@$(BIN)/python -m pytest tests -m long -k stress $(ARGS)

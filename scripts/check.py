@@ -35,7 +35,10 @@ class Check:
 
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
-TOOLS = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "helm")
+TOOLS = (
+    *("etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "helm"),
+    *("kube-scheduler", "kwok"),  # fleets of fake nodes
+)
 
 CHECKS = (
     # Elsewhere the tests that need them build them, or skip.

@@ -106,6 +106,11 @@ def test_accelerator(kind: str, device: str, plugin: bool, visible: bool) -> Non
     assert pod(thing)["runtimeClassName"] == "nvidia"
 
 
+def test_the_cloud_lists_a_device_by_the_name_of_its_row() -> None:
+    name = {"fieldRef": {"apiVersion": "v1", "fieldPath": "spec.nodeName"}}
+    assert {"name": "HAT_DEVICE_NAME", "valueFrom": name} in main(daemonset({}))["env"]
+
+
 def test_template_and_resources() -> None:
     template = {"nodeSelector": {"a": "b"}, "labels": {"t": "1"}, "annotations": {"n": "2"}}
     wanted = {"template": {**template, "priorityClassName": "p"}, "resources": {"limits": {"memory": "1Gi"}}}

@@ -65,6 +65,18 @@ def test_last_seen_moves_only_with_the_phase() -> None:
     assert second["b"]["lastSeen"] == LATER
 
 
+def test_figures_stay_with_their_device_whatever_its_phase() -> None:
+    before = [
+        {"name": "a", "phase": "Ready", "lastSeen": NOW, "chunkSize": 128, "uplinkMbps": 60.1},
+        {"name": "gone", "phase": "Ready", "lastSeen": NOW, "acceptance": 0.5},
+    ]
+    rows = fleet([], [node("a", "Unknown"), node("b")], before, LATER).rows
+    assert rows == [
+        {"name": "a", "node": "a", "phase": "Lost", "lastSeen": LATER, "chunkSize": 128, "uplinkMbps": 60.1},
+        {"name": "b", "node": "b", "phase": "Pending", "lastSeen": LATER},
+    ]
+
+
 def test_rows_are_bounded_and_show_the_trouble_first() -> None:
     pods = [pod(f"n{index:04}") for index in range(300)] + [pod("z", "False")]
     found = fleet(pods, None, [], NOW)
