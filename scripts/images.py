@@ -150,7 +150,7 @@ def _engine_answers() -> bool:
 def command(tool: str, build: Build, volumes: Sequence[str] = ()) -> list[str]:
     """The command that builds one image from the repository's root; `volumes` only with buildah."""
     # OCI's own format has no HEALTHCHECK.
-    begin = ["buildah", "bud", "--format", "docker"] if tool == "buildah" else ["docker", "build"]
+    begin = ["buildah", "bud", "--format", "docker", "--layers"] if tool == "buildah" else ["docker", "build"]
     options = ["--file", f"images/{build.image}/Dockerfile", "--tag", build.reference]
     if build.platform:
         options += ["--platform", build.platform]
