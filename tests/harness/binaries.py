@@ -54,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def find(name: str, say: Say = say_on_stderr) -> Path:
-    """Path of the program `name`: one of CONTROL_PLANE or NODE, or helm. Builds or unpacks it where it is not here yet.
+    """Path of the program `name`: one of CONTROL_PLANE or NODE, helm or kwok. Builds or unpacks it if need be.
 
     KUBEBUILDER_ASSETS, the convention of controller-runtime's envtest, comes first. Raises MissingProgramError.
     """
@@ -70,7 +70,7 @@ def find(name: str, say: Say = say_on_stderr) -> Path:
         return _built(COREDNS, name, say, lambda target: gobuild.coredns(COREDNS, target))
     if name not in BUILT_WITH_KUBERNETES:
         raise ValueError(
-            f"find: no program is called {name!r}; there are: {', '.join((*CONTROL_PLANE, *NODE, 'helm'))}"
+            f"find: no program is called {name!r}; there are: {', '.join((*CONTROL_PLANE, *NODE, 'helm', 'kwok'))}"
         )
     version = _kubernetes_version()
     if name == "kubectl":
