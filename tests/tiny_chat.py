@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
 
-from tests.conftest import TINY
+from tests.tiny_models import TINY
 
 SPECIALS = ["<pad>", "<s>", "<|end|>", "<|start|>", "<unk>"]
 CORPUS = [

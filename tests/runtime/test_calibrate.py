@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from hat_runtime.errors import ModelError, UsageError
 from hat_runtime.model.calibrate import BareModel, calibrate
-from tests.conftest import make_tiny_model
+from tests.tiny_models import make_tiny_model
 
 
 @torch.inference_mode()

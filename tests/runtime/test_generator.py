@@ -21,7 +21,7 @@ from hat_runtime.device.generator import GenerationRequest, Generator, Generator
 from hat_runtime.device.sampling import SamplingParams
 from hat_runtime.device.submodels import DeviceFull
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
-from tests.conftest import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES
 
 CHUNKS = (1, 7, 64, 0)
 ROW_BYTES = 64 * 4

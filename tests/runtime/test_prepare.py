@@ -23,7 +23,7 @@ from hat_runtime.model.manifest import MANIFEST_FILE, Manifest, identity, verify
 from hat_runtime.model.prepare import prepare
 from hat_runtime.model.shards import SourceTensor, plan_shards
 from hat_runtime.model.weights import EMBED, HEAD, NORM, TensorIndex, layer_of
-from tests.conftest import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hat_runtime.model.hf import DeviceEnds, load_decoder_slice, load_device_end
 from hat_runtime.model.pages import PagedSequence
 from hat_runtime.model.runner import LayerRunner, Segment, make_cache
 from hat_runtime.model.split import LayerRange
-from tests.conftest import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES
 
 INPUT_LAYERS, LAYERS = 2, 6
 
