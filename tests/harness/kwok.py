@@ -83,10 +83,12 @@ class Fleet:
 
     def stop(self) -> None:
         """Deletes the nodes and ends the programs; does nothing the second time."""
-        self.delete_nodes()
-        for child in reversed(self._children):
-            child.stop(grace_s=1.0)
-        self._children.clear()
+        try:
+            self.delete_nodes()
+        finally:
+            for child in reversed(self._children):
+                child.stop(grace_s=1.0)
+            self._children.clear()
 
     def add_nodes(self, labels: Mapping[str, Mapping[str, str]]) -> None:
         """Makes nodes, by name with their labels; they become Ready by themselves."""
