@@ -30,7 +30,7 @@ SERVICE_CIDR = "10.96.0.0/16"
 NODE_GRACE_S = 20
 """After this time without a word from its kubelet a node is NotReady."""
 PREFIX = "hat-kube-"
-_READY_S = 90.0
+_READY_S = 180.0
 _AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
@@ -180,11 +180,14 @@ class ControlPlane:
         """A client with the administrator's rights."""
         return kube_config.new_client_from_config(str(self.kubeconfig))
 
-    def kubectl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def kubectl(
+        self, *arguments: str, check: bool = True, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         """Runs kubectl as the administrator. Raises KubectlError where `check` and it fails."""
         done = subprocess.run(
             [str(self._programs["kubectl"]), "--kubeconfig", str(self.kubeconfig), *arguments],
             env={**os.environ, "KUBECACHEDIR": str(self.folder / "kubectl")},
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
