@@ -59,6 +59,23 @@ runtime: $(STAMP)  ## runtime tests: real servers, small models (minutes)
 operator: $(STAMP)  ## operator tests on a real Kubernetes API server (the first run builds one from source: minutes)
 	@$(BIN)/python scripts/check.py operator
 
+.PHONY: scan
+scan: $(STAMP)  ## checkov over the rendered chart and the examples' objects
+	@$(BIN)/python scripts/check.py scan
+
+##@ container images
+
+# make images REGISTRY=registry.example.com/hat [VARIANT=cpu|cuda|l4t-RELEASE] [BASE_IMAGE=...] [IMAGES="operator edge"] [PUSH=1]
+VARIANT ?= cpu
+.PHONY: images
+images: $(STAMP)  ## build the images with docker or buildah: REGISTRY=... VARIANT=cpu|cuda|l4t-RELEASE
+	@$(BIN)/python scripts/images.py --registry "$(REGISTRY)" --variant "$(VARIANT)" $(addprefix --image ,$(IMAGES)) \
+	  $(if $(BASE_IMAGE),--base-image "$(BASE_IMAGE)") $(if $(PUSH),--push) $(ARGS)
+
+.PHONY: pin-images
+pin-images: $(STAMP)  ## write the digests of the base images, where their registry answers
+	@$(BIN)/python scripts/pin_images.py $(ARGS)
+
 ##@ development
 
 .PHONY: fmt
@@ -104,3 +121,7 @@ full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
 .PHONY: full-fuzz
 full-fuzz: $(STAMP)  ## random and mutated messages against a live server
 	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)
+
+.PHONY: full-images
+full-images: $(STAMP)  ## build all images with torch inside, on a base made on the spot (root, buildah; 20 GB of disk)
+	@CI=true $(BIN)/python -m pytest tests/images -m long -s $(ARGS)

@@ -58,6 +58,7 @@ CHECKS = (
         is_pytest=True,
         may_skip=True,
     ),
+    Check("scan", (PYTHON, "-m", "scripts.scan"), limit_s=600),
 )
 
 
