@@ -18,7 +18,7 @@ ARGS ?=
 
 .PHONY: help
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ use
 
@@ -59,6 +59,10 @@ runtime: $(STAMP)  ## runtime tests: real servers, small models (minutes)
 operator: $(STAMP)  ## operator tests on a real Kubernetes API server (the first run builds one from source: minutes)
 	@$(BIN)/python scripts/check.py operator
 
+.PHONY: e2e
+e2e: $(STAMP)  ## the whole product on two clusters with real nodes (root, containerd, CNI plugins)
+	@$(BIN)/python scripts/check.py e2e
+
 .PHONY: scan
 scan: $(STAMP)  ## checkov over the rendered chart and the examples' objects
 	@$(BIN)/python scripts/check.py scan
@@ -77,6 +81,10 @@ pin-images: $(STAMP)  ## write the digests of the base images, where their regis
 	@$(BIN)/python scripts/pin_images.py $(ARGS)
 
 ##@ development
+
+.PHONY: cluster
+cluster: $(STAMP)  ## a Kubernetes cluster for development until Ctrl-C (root); ARGS='--two --chart'
+	@$(BIN)/python scripts/cluster.py $(ARGS)
 
 .PHONY: fmt
 fmt: $(STAMP)  ## rewrite the code in the project's style

@@ -38,6 +38,7 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 TOOLS = (
     *("etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "helm"),
     *("kube-scheduler", "kwok"),  # fleets of fake nodes
+    *("kubelet", "kube-proxy", "coredns"),  # real nodes
 )
 
 CHECKS = (
@@ -55,6 +56,13 @@ CHECKS = (
         "operator",
         (PYTHON, "-m", "pytest", "tests/operator", "-m", "not long"),
         limit_s=2100,
+        is_pytest=True,
+        may_skip=True,
+    ),
+    Check(  # needs root, containerd and CNI plugins
+        "e2e",
+        (PYTHON, "-m", "pytest", "tests/e2e", "-m", "not long"),
+        limit_s=1200,
         is_pytest=True,
         may_skip=True,
     ),

@@ -16,6 +16,7 @@ import yaml
 
 from tests.harness import images
 from tests.harness.cluster import Cluster
+from tests.harness.controlplane import KubectlError
 from tests.harness.release import Helm
 from tests.operator.manifests import changed
 
@@ -110,11 +111,16 @@ class Product:
     def wait(self, what: str, holds: Callable[[], Any], timeout_s: float = 180.0) -> Any:
         """Waits until `holds` gives something true, and returns it. Raises AssertionError with both clusters' state."""
         deadline = time.monotonic() + timeout_s
-        while not (found := holds()):
+        while True:
+            why = ""
+            try:
+                if found := holds():
+                    return found
+            except KubectlError as error:  # an API server on a busy machine may miss a request
+                why = f": {error}"
             if time.monotonic() > deadline:
-                raise AssertionError(f"not within {timeout_s:.0f} s: {what}\n{self.state()}")
+                raise AssertionError(f"not within {timeout_s:.0f} s: {what}{why}\n{self.state()}")
             time.sleep(0.5)
-        return found
 
     def wait_ready(self, name: str, timeout_s: float = 180.0) -> None:
         """Until the HatDeployment's present generation is Ready."""
