@@ -130,6 +130,10 @@ full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
 full-fuzz: $(STAMP)  ## random and mutated messages against a live server
 	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)
 
+.PHONY: full-e2e
+full-e2e: $(STAMP)  ## every field, changes under traffic and chart upgrades on real nodes (root)
+	@CI=true $(BIN)/python -m pytest tests/e2e -m long $(ARGS)
+
 .PHONY: full-images
 full-images: $(STAMP)  ## build all images with torch inside, on a base made on the spot (root, buildah; 20 GB of disk)
 	@CI=true $(BIN)/python -m pytest tests/images -m long -s $(ARGS)

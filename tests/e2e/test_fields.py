@@ -14,12 +14,12 @@ import pytest
 from tests.e2e.product import REGISTRY, SITE_NAMESPACE, TEAM, Product, RequestError
 from tests.harness.cluster import Cluster
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.default_model]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.default_model, pytest.mark.long]
 NAME = "tuned"
 MODEL = "house-model"
 KEY = uuid.uuid4().hex
 LAYERS = 4
-MEMORY = 1536 * 2**20
+MEMORY = 3000 * 2**20
 QUESTION = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2, "model": MODEL}
 TEMPLATE = {
     "labels": {"example.com/team": "a"},
