@@ -35,15 +35,15 @@ class Helm:
 
     def __init__(self, kubeconfig: Path, namespace: str, folder: Path, chart: Path = CHART) -> None:
         """`folder` holds helm's own files."""
-        self._command = [str(find_helm()), "--kubeconfig", str(kubeconfig), "--namespace", namespace]
-        self._env = {**os.environ, "HOME": str(folder)}
+        self.command = [str(find_helm()), "--kubeconfig", str(kubeconfig), "--namespace", namespace]
+        self.environment = {**os.environ, "HOME": str(folder)}
         self.chart = chart
 
     def run(self, *arguments: str, timeout_s: float = 150) -> str:
         """Standard output of one command. Raises HelmError."""
         done = subprocess.run(
-            [*self._command, *arguments],
-            env=self._env,
+            [*self.command, *arguments],
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=timeout_s,
