@@ -122,6 +122,10 @@ full-ttft: $(STAMP)  ## time to first token against the physical limit
 full-operator-cost: $(STAMP)  ## the operator's writes, times and memory with 30 to 1,000 fake devices
 	@$(BIN)/python benchmarks/operator_cost.py $(ARGS)
 
+.PHONY: full-operator-kill
+full-operator-kill: $(STAMP)  ## the operator killed at 20 random points; a site away for a minute
+	@$(BIN)/python -m pytest tests/operator -m long -s $(ARGS)
+
 .PHONY: full-stress
 full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
 	@$(BIN)/python -m pytest tests -m long -k stress $(ARGS)

@@ -58,12 +58,24 @@ class Applied:
 class Cluster:
     """A client with threads of its own, so that a cluster that does not answer holds up no other."""
 
-    def __init__(self, api_client: client.ApiClient, threads: int = 4) -> None:
+    def __init__(self, api_client: client.ApiClient, threads: int = 4, identity: str = "") -> None:
+        """Nothing is sent yet; `identity` tells clients of different kubeconfigs apart."""
         self._api_client = api_client
+        self.identity = identity
         # No discovery: kinds.py knows the addresses.
         self._client = DynamicClient(api_client, discoverer=lambda *_: None)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kubernetes")
         self._apis: dict[str, tuple[float, bool]] = {}
+
+    @property
+    def user_agent(self) -> str:
+        """As audit logs show it."""
+        return str(self._api_client.user_agent)
+
+    @property
+    def configuration(self) -> client.Configuration:
+        """Address and credentials."""
+        return self._api_client.configuration
 
     async def get(self, kind: Kind, name: str, namespace: str | None = None) -> Object | None:
         """The object, None if there is none.
@@ -108,7 +120,8 @@ class Cluster:
             live: what is there, if the caller has just read it.
 
         Raises:
-            ClusterError: NameConflict if another owner made an object of this name; else see there.
+            ClusterError: NameConflict if an object of this name is someone else's, or of another HatDeployment (of the
+                same name in another namespace, with devices in the same place); else see there.
         """
         kind = kind_of(desired)
         meta = desired["metadata"]
@@ -118,6 +131,10 @@ class Cluster:
         if live is not None:
             if not managed_by(live, names.FIELD_MANAGER):
                 text = f"{kind.name} {meta['name']} exists and is not {names.FIELD_MANAGER}'s; rename or delete it"
+                raise ClusterError("NameConflict", text)
+            owner = names.owner(live)
+            if owner not in (None, names.owner(desired)) and not _same_owner(desired, live):
+                text = f"{kind.name} {meta['name']} is of the HatDeployment {owner}; use another name or namespace"
                 raise ClusterError("NameConflict", text)
             if not needs_apply(desired, live, names.FIELD_MANAGER):
                 return Applied(live, False)
@@ -229,6 +246,11 @@ class Cluster:
             response = send()
         result: Object = json.loads(response.data)
         return result
+
+
+def _same_owner(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    uids = [{ref["uid"] for ref in obj["metadata"].get("ownerReferences", ())} for obj in (one, other)]
+    return bool(uids[0] & uids[1])
 
 
 def _guarded(

@@ -6,9 +6,9 @@ import calendar
 import time
 
 from hat_operator import events, names
-from hat_operator.children import Children
 from hat_operator.cluster import Cluster, ClusterError, Object
-from hat_operator.edges import EdgeClusters, EdgeUnreachable
+from hat_operator.edges import EdgeUnreachable
+from hat_operator.sites import LEFT_BEHIND, Sites
 from hat_operator.spec import HatDeployment, SpecError
 
 RETRY_S = 5.0
@@ -18,9 +18,9 @@ DEFAULT_TIMEOUT_S = 300
 class Deletion:
     """Removes the devices' objects and then the finalizer; in the own cluster owner references do the work."""
 
-    def __init__(self, home: Cluster, edges: EdgeClusters) -> None:
+    def __init__(self, home: Cluster, sites: Sites) -> None:
         self._home = home
-        self._edges = edges
+        self._sites = sites
 
     async def proceed(self, body: Object) -> float | None:
         """One pass over a HatDeployment that is being deleted.
@@ -39,13 +39,13 @@ class Deletion:
             hat = HatDeployment.parse(body)
             if hat.spec.edge is not None:
                 timeout_s = hat.spec.edge.deletion_timeout_s
-            await self._clean(hat)
+            await self._sites.clean(body, hat)
         except (SpecError, EdgeUnreachable) as error:
             left = _deleted_at(body) + timeout_s - time.time()
             if left > 0:
                 return min(RETRY_S, left)
             text = f"gave up after {timeout_s} s; what the operator made in the devices' cluster stays there: {error}"
-            await events.post(self._home, body, "Warning", "EdgeObjectsLeftBehind", text)
+            await events.post(self._home, body, "Warning", LEFT_BEHIND, text)
         change = {
             "finalizers": [finalizer for finalizer in finalizers if finalizer != names.FINALIZER],
             "resourceVersion": body["metadata"]["resourceVersion"],
@@ -56,17 +56,6 @@ class Deletion:
             if error.reason != "NotFound":
                 raise
         return None
-
-    async def _clean(self, hat: HatDeployment) -> None:
-        ref = hat.spec.edge_cluster
-        if ref is None:
-            return
-        cluster = await self._edges.get(hat.namespace, ref)
-        try:
-            children = await Children.read_edge(cluster, hat)
-            await children.prune(())
-        except ClusterError as error:
-            raise EdgeUnreachable(error.reason, str(error)) from None
 
 
 def _deleted_at(body: Object) -> float:

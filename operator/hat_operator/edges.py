@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from dataclasses import dataclass
 
 from hat_operator.cluster import Cluster, ClusterError
@@ -32,7 +33,10 @@ class _Key:
 
 
 class EdgeClusters:
-    """Keeps a client as long as its Secret stays the same: a rotated kubeconfig is used at the next reconcile."""
+    """Keeps a client as long as its Secret stays the same: a rotated kubeconfig is used at the next reconcile.
+
+    A client that is dropped is not closed: another reconcile may be using it. Its threads end with the last reference.
+    """
 
     def __init__(self, home: Cluster) -> None:
         self._home = home
@@ -55,31 +59,27 @@ class EdgeClusters:
             raise
         key = _Key(namespace, secret.name, secret.key, ref.context)
         if found is None:
-            self._drop(key)
+            self._clients.pop(key, None)
             raise EdgeUnreachable("SecretNotFound", f"there is no Secret {secret.name!r} in {namespace!r}")
         content = found.get("data", {}).get(secret.key)
         if content is None:
-            self._drop(key)
+            self._clients.pop(key, None)
             text = f"the Secret {secret.name!r} has no key {secret.key!r}; it has {sorted(found.get('data', {}))}"
             raise EdgeUnreachable("SecretNotFound", text)
         version = f"{found['metadata']['uid']}/{found['metadata']['resourceVersion']}"
         known = self._clients.get(key)
         if known is not None and known[0] == version:
             return known[1]
-        self._drop(key)
+        self._clients.pop(key, None)
         try:
             text = base64.b64decode(content).decode()
-            cluster = Cluster(client_from_kubeconfig(text, ref.context))
+            identity = hashlib.sha256(f"{ref.context}\n{text}".encode()).hexdigest()
+            cluster = Cluster(client_from_kubeconfig(text, ref.context), identity=identity)
         except (KubeconfigError, binascii.Error, UnicodeDecodeError) as error:
             detail = str(error) if isinstance(error, KubeconfigError) else "is not text"
             raise EdgeUnreachable("KubeconfigInvalid", f"Secret {secret.name!r}: {detail}") from None
         self._clients[key] = (version, cluster)
         return cluster
-
-    def _drop(self, key: _Key) -> None:
-        known = self._clients.pop(key, None)
-        if known is not None:
-            known[1].close()
 
 
 def unreachable(error: ClusterError) -> EdgeUnreachable | None:

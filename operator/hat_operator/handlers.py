@@ -61,6 +61,9 @@ async def hat_deployment(name: str, namespace: str | None, memo: kopf.Memo, **_:
 @kopf.on.event("apps", "v1", "deployments", labels=_CHILD)
 @kopf.on.event("apps", "v1", "daemonsets", labels=_CHILD)
 @kopf.on.event("v1", "services", labels=_CHILD)
+@kopf.on.event("v1", "serviceaccounts", labels=_CHILD)
+@kopf.on.event("policy", "v1", "poddisruptionbudgets", labels=_CHILD)
+@kopf.on.event("networking.k8s.io", "v1", "networkpolicies", labels=_CHILD)
 async def child(labels: Mapping[str, str], memo: kopf.Memo, **_: Any) -> None:
     """An object of a HatDeployment has changed or is gone."""
     _request(memo.worker, labels.get(names.LABEL_NAMESPACE), labels.get(names.LABEL_DEPLOYMENT))

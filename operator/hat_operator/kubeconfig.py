@@ -122,6 +122,8 @@ def _client(configuration: client.Configuration) -> client.ApiClient:
 def _configuration() -> client.Configuration:
     # type.__call__ passes by the default that a library may have set for the whole process.
     configuration = type.__call__(client.Configuration)
+    # At least as many as a Cluster has threads.
+    configuration.connection_pool_maxsize = 32
     # An address that does not answer must cost one timeout. Cluster tries again where a kept connection broke.
     configuration.retries = Retry(total=0, connect=0, read=0, redirect=0, status=0, other=0)
     return configuration

@@ -22,6 +22,7 @@ from hat_operator.leader import Identity, Leader
 from hat_operator.reconcile import Reconciler
 from hat_operator.settings import PREFIX, Settings
 from hat_operator.telemetry import Telemetry
+from hat_operator.watches import EdgeWatches
 from hat_operator.worker import Worker
 from hat_runtime.errors import HatError
 
@@ -48,12 +49,13 @@ def main() -> None:
         sys.exit(2)
     configure_logging(settings.log_format)
     start_http_server(settings.metrics_port)
-    asyncio.run(run(settings, Cluster(api_client, HOME_THREADS), Identity.from_environment(os.environ)))
+    # A thread of its own: the lease must not wait behind the requests of many reconciles.
+    leader = Leader(Cluster(api_client, 1), Identity.from_environment(os.environ))
+    asyncio.run(run(settings, Cluster(api_client, HOME_THREADS), leader))
 
 
-async def run(settings: Settings, home: Cluster, identity: Identity) -> None:
+async def run(settings: Settings, home: Cluster, leader: Leader) -> None:
     """Wait for the lease, then work."""
-    leader = Leader(home, identity)
     # Who only waits is alive as well; kopf's endpoint takes over the port.
     server = await asyncio.start_server(_alive, "0.0.0.0", settings.health_port)
     await leader.acquire()
@@ -62,8 +64,10 @@ async def run(settings: Settings, home: Cluster, identity: Identity) -> None:
     holding = asyncio.create_task(leader.hold(_end), name="lease")
     telemetry = Telemetry(home, settings.namespaces, settings.devices_url, settings.resync_s / 2)
     asking = asyncio.create_task(telemetry.run(), name="telemetry")
-    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry.figures)
-    worker = Worker(reconciler, home, settings.namespaces, settings.resync_s)
+    # Only a pass makes a watch, so the worker is there when one asks it for another pass.
+    watches = EdgeWatches(lambda namespace, name: worker.request(namespace, name))
+    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry.figures, watches)
+    worker = Worker(reconciler, home, settings.namespaces, settings.resync_s, watches)
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,

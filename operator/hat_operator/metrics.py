@@ -24,6 +24,7 @@ DEVICE_POLLS = Counter(
     ["result"],
 )
 QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
+EDGE_STREAMS = Gauge("hat_operator_edge_streams", "Open watches of devices' clusters, one for each kind.")
 LEADER = Gauge("hat_operator_leader", "1 while this process holds the lease.")
 LAST_RESYNC = Gauge("hat_operator_last_resync_timestamp_seconds", "When all HatDeployments were listed last.")
 HATDEPLOYMENTS = Gauge(

@@ -47,6 +47,13 @@ def labels(hat: HatDeployment, component: str) -> dict[str, str]:
     }
 
 
+def owner(obj: Mapping[str, Any]) -> str | None:
+    """NAMESPACE/NAME of the HatDeployment that an object was made for; None if its labels do not say so."""
+    found = obj["metadata"].get("labels", {})
+    namespace, name = found.get(LABEL_NAMESPACE), found.get(LABEL_DEPLOYMENT)
+    return f"{namespace}/{name}" if namespace and name else None
+
+
 def selector(hat: HatDeployment, component: str, revision: str | None = None) -> dict[str, str]:
     """Labels that pick the pods of one side, of one revision if given."""
     found = {

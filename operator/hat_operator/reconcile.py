@@ -6,11 +6,11 @@ A call may be cut off anywhere (the process may be killed): the next one, here o
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hat_operator import devices, events, names, rollout, status
+from hat_operator import devices, events, names, rollout, sites, status
 from hat_operator.children import Children
 from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
@@ -19,8 +19,10 @@ from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
 from hat_operator.figures import Figures, Pace
 from hat_operator.kinds import HATDEPLOYMENT, NODE, POD
 from hat_operator.settings import Settings
-from hat_operator.spec import Edge, HatDeployment, SpecError
+from hat_operator.sites import Sites
+from hat_operator.spec import ClusterRef, Edge, HatDeployment, SpecError
 from hat_operator.status import CloudSeen, EdgeSeen, Problem
+from hat_operator.watches import EdgeWatches
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Reconciler:
         edges: EdgeClusters,
         settings: Settings,
         figures_of: Callable[[str, str], Mapping[str, Figures]] = lambda namespace, name: {},
+        watches: EdgeWatches | None = None,
     ) -> None:
         """Figures_of gives the newest figures of each device, by the HatDeployment's namespace and name."""
         self._home = home
@@ -50,7 +53,9 @@ class Reconciler:
         self._pace = Pace()
         self._edges = edges
         self._settings = settings
-        self._deletion = Deletion(home, edges)
+        self._watches = watches
+        self._sites = Sites(home, edges)
+        self._deletion = Deletion(home, self._sites)
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
         """One pass over one HatDeployment.
@@ -63,7 +68,7 @@ class Reconciler:
         """
         body = await self._home.get(HATDEPLOYMENT, name, namespace)
         if body is None:
-            self._pace.forget((namespace, name))
+            self._forget(namespace, name)
             return None
         if "deletionTimestamp" in body["metadata"]:
             return await self._deletion.proceed(body)
@@ -73,7 +78,7 @@ class Reconciler:
             if completed is not body:
                 body = completed
                 hat = HatDeployment.parse(body)
-            cloud, edge = await self._sides(hat, body.get("status", {}).get("devices", ()))
+            cloud, edge = await self._sides(hat, body)
         except SpecError as error:
             await self._write_invalid(body, str(error))
             return None
@@ -83,25 +88,27 @@ class Reconciler:
         return again_s
 
     async def _complete(self, body: Object, hat: HatDeployment) -> Object:
-        """Write what the operator adds: runtime.version once, and with a second cluster the finalizer."""
+        """Write what the operator adds: runtime.version once, and for a second cluster the finalizer and its place."""
         change: dict[str, Any] = {}
         if not hat.spec.version:
             # Once, so that the upgrade of the operator does not roll every HatDeployment.
             change["spec"] = {"runtime": {"version": self._settings.version}}
-        remote = hat.spec.edge_cluster is not None
-        if remote and names.FINALIZER not in hat.finalizers:
-            change["metadata"] = {"finalizers": [*hat.finalizers, names.FINALIZER]}
-        if not remote and names.FINALIZER in hat.finalizers:
-            text = "edge.clusterRef was removed; what the operator made in the devices' cluster stays there"
-            await events.post(self._home, body, "Warning", "EdgeObjectsLeftBehind", text)
-            rest = [finalizer for finalizer in hat.finalizers if finalizer != names.FINALIZER]
-            change["metadata"] = {"finalizers": rest}
+        ref = hat.spec.edge_cluster
+        if ref is not None:
+            meta: dict[str, Any] = {}
+            if names.FINALIZER not in hat.finalizers:
+                meta["finalizers"] = [*hat.finalizers, names.FINALIZER]
+            known = sites.places(body)
+            if sites.place_of(ref) not in known:
+                meta["annotations"] = sites.annotation([*known, sites.place_of(ref)])
+            if meta:
+                change["metadata"] = meta
         if not change:
             return body
         change.setdefault("metadata", {})["resourceVersion"] = body["metadata"]["resourceVersion"]
         return await self._home.patch(body, change)
 
-    async def _sides(self, hat: HatDeployment, rows: Sequence[Object]) -> tuple[CloudSeen, EdgeSeen]:
+    async def _sides(self, hat: HatDeployment, body: Object) -> tuple[CloudSeen, EdgeSeen]:
         cloud, local = await Children.read_home(self._home, hat)
         site = await self._read_site(hat, local)
         wanted = names.revision(hat, self._settings)
@@ -120,7 +127,7 @@ class Reconciler:
                 raise
             problem = Problem(_problem_reason(error), str(error))
         return _cloud_seen(cloud, replace(seen, problem=problem)), await self._edge(
-            hat, desired, local, site, rows
+            hat, body, desired, local, site
         )
 
     def _plan(
@@ -154,7 +161,7 @@ class Reconciler:
             if edge.cluster is None:
                 children = local
             else:
-                cluster = await self._edges.get(hat.namespace, edge.cluster)
+                cluster = await self._edge_cluster(hat, edge.cluster)
                 children = await self._read_edge(cluster, hat)
             site = _Site(children)
             site.pods = await _list_pods(children.cluster, hat)
@@ -168,6 +175,25 @@ class Reconciler:
             return _Site(away=Problem(away.reason, str(away)))
         return site
 
+    async def _edge_cluster(self, hat: HatDeployment, ref: ClusterRef) -> Cluster:
+        """A client for the devices' cluster, which from now on is watched."""
+        user = (hat.namespace, hat.name)
+        try:
+            cluster = await self._edges.get(hat.namespace, ref)
+        except EdgeUnreachable:
+            if self._watches is not None:
+                self._watches.drop(user)
+            raise
+        if self._watches is not None:
+            self._watches.use(user, cluster, ref.namespace)
+        return cluster
+
+    def _forget(self, namespace: str, name: str) -> None:
+        self._pace.forget((namespace, name))
+        self._sites.forget(namespace, name)
+        if self._watches is not None:
+            self._watches.drop((namespace, name))
+
     async def _read_edge(self, cluster: Cluster, hat: HatDeployment) -> Children:
         try:
             return await Children.read_edge(cluster, hat)
@@ -177,7 +203,7 @@ class Reconciler:
             raise EdgeUnreachable("Unreachable", str(error)) from None
 
     async def _edge(
-        self, hat: HatDeployment, desired: Desired, local: Children, site: _Site, rows: Sequence[Object]
+        self, hat: HatDeployment, body: Object, desired: Desired, local: Children, site: _Site
     ) -> EdgeSeen:
         edge = hat.spec.edge
         if site.children is not local:
@@ -198,9 +224,11 @@ class Reconciler:
             if away is not None:
                 raise
             problem = Problem(_problem_reason(error), str(error))
+        await self._sites.settle(body, hat, site.children.cluster)
         updated = all(rollout.daemonset_done(obj) for obj in site.children.daemonsets())
         fleet = None
         if site.pods is not None:
+            rows = body.get("status", {}).get("devices", ())
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
         return EdgeSeen(fleet, updated, problem=problem)
 

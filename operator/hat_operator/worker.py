@@ -12,6 +12,7 @@ from hat_operator import metrics
 from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.kinds import HATDEPLOYMENT
 from hat_operator.reconcile import Reconciler
+from hat_operator.watches import EdgeWatches
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
@@ -25,12 +26,19 @@ class Worker:
     """Runs a Reconciler in tasks of its own."""
 
     def __init__(
-        self, reconciler: Reconciler, home: Cluster, namespaces: Sequence[str], resync_s: float
+        self,
+        reconciler: Reconciler,
+        home: Cluster,
+        namespaces: Sequence[str],
+        resync_s: float,
+        watches: EdgeWatches,
     ) -> None:
+        """Nothing runs before `start`; a pass over a user of `watches` that is gone ends its watch."""
         self._reconciler = reconciler
         self._home = home
         self._namespaces = namespaces
         self._resync_s = resync_s
+        self._watches = watches
         self._dirty: dict[Key, asyncio.Event] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(PARALLEL)
@@ -44,6 +52,7 @@ class Worker:
 
     async def stop(self) -> None:
         """End all tasks; what they were doing is done again by the next process."""
+        await self._watches.close()
         tasks = [task for task in (*self._tasks.values(), self._resyncing) if task is not None]
         for task in tasks:
             task.cancel()
@@ -116,11 +125,16 @@ class Worker:
 
     async def _resync(self) -> None:
         ready: Counter[str] = Counter({"True": 0, "False": 0, "Unknown": 0})
+        gone = set(self._watches.users)
         for namespace in self._namespaces or (None,):
             for body in await self._home.list(HATDEPLOYMENT, namespace):
-                self.request(body["metadata"]["namespace"], body["metadata"]["name"])
+                key = (body["metadata"]["namespace"], body["metadata"]["name"])
+                gone.discard(key)
+                self.request(*key)
                 found = body.get("status", {}).get("conditions", ())
                 ready[next((item["status"] for item in found if item["type"] == "Ready"), "Unknown")] += 1
+        for key in gone:
+            self.request(*key)
         for value, count in ready.items():
             metrics.HATDEPLOYMENTS.labels(value).set(count)
         self.last_resync = time.monotonic()

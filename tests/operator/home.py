@@ -32,7 +32,11 @@ class Home:
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         self.cluster, self.namespace = cluster, namespace
-        self.reconciler = Reconciler(cluster, EdgeClusters(cluster), Settings(version="9.9"))
+        self.restart()
+
+    def restart(self) -> None:
+        """Go on as a new process, which knows nothing but what is in the clusters."""
+        self.reconciler = Reconciler(self.cluster, EdgeClusters(self.cluster), Settings(version="9.9"))
 
     async def create(self, **spec: Any) -> None:
         body = hat_deployment("chat", **spec)
@@ -76,14 +80,14 @@ class Home:
         return {item["reason"]: item["type"] for item in await self.cluster.list(EVENT, self.namespace)}
 
 
-async def store_kubeconfig(home: Home, text: str) -> None:
-    """Create or change the Secret `site`."""
-    found = await home.cluster.get(SECRET, "site", home.namespace)
+async def store_kubeconfig(home: Home, text: str, name: str = "site") -> None:
+    """Create or change a kubeconfig Secret."""
+    found = await home.cluster.get(SECRET, name, home.namespace)
     data = {"kubeconfig": base64.b64encode(text.encode()).decode()}
     if found is not None:
         await home.cluster.patch(found, {"data": data})
         return
-    meta = {"name": "site", "namespace": home.namespace}
+    meta = {"name": name, "namespace": home.namespace}
     await home.cluster._request("post", SECRET.path(home.namespace), body={"metadata": meta, "data": data})
 
 

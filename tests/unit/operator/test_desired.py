@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,10 +8,10 @@ import pytest
 from hat_operator import names
 from hat_operator.desired import Desired, Observed, cloud_endpoint
 from hat_operator.spec import HatDeployment
+from tests.unit.operator.changes import BALANCED, CHANGES, CLAIM, FAR, WEIGHTS, WITHOUT_OBJECTS, leaves
 from tests.unit.operator.restricted import pods, violations
 from tests.unit.operator.samples import (
     HUB,
-    REMOTE,
     SCHEMA,
     SETTINGS,
     body,
@@ -27,91 +26,6 @@ from tests.unit.operator.samples import (
 from tests.unit.operator.test_schema import change
 
 POD_MONITOR = "monitoring.coreos.com/v1/PodMonitor"
-FAR = {"clusterRef": REMOTE}
-BALANCED: dict[str, Any] = {"expose": {"type": "LoadBalancer"}}
-CLAIM = {"claim": {"name": "c"}}
-WEIGHTS = {"weights": {"claim": {"name": "w"}}}
-
-
-# One changed value for every field of the spec, and what it takes around it.
-CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "suspend": (True, {}),
-    "model.source.hub": ("org/other", {}),
-    "model.source.claim.name": ("d", {"model": {"source": CLAIM}, "edge": WEIGHTS}),
-    "model.source.claim.path": ("sub", {"model": {"source": CLAIM}, "edge": WEIGHTS}),
-    "model.tokenSecretRef.name": ("other", {"model": {"source": HUB, "tokenSecretRef": {"name": "t"}}}),
-    "model.tokenSecretRef.key": ("other", {"model": {"source": HUB, "tokenSecretRef": {"name": "t"}}}),
-    "model.revision": ("v2", {}),
-    "model.dtype": ("float32", {}),
-    "split.inputLayers": (4, {}),
-    "runtime.version": ("2", {}),
-    "cloud.replicas": (2, {}),
-    "cloud.accelerator.type": (
-        "none",
-        {"cloud": {"accelerator": {"type": "nvidia.com/gpu", "count": 1}}},
-    ),
-    "cloud.resources.requests": ({"cpu": "3"}, {}),
-    "cloud.resources.limits": ({"cpu": "3"}, {}),
-    "cloud.maxSessions": (5, {}),
-    "cloud.image": ("mine:1", {}),
-    "cloud.expose.type": ("LoadBalancer", {}),
-    "cloud.expose.host": ("h", {}),
-    "cloud.expose.port": (9000, {}),
-    "cloud.expose.nodePort": (
-        30071,
-        {"cloud": {"expose": {"type": "NodePort", "host": "h", "nodePort": 30070}}},
-    ),
-    "cloud.template.nodeSelector": ({"a": "b"}, {}),
-    "cloud.template.tolerations": ([{"operator": "Exists"}], {}),
-    "cloud.template.labels": ({"a": "b"}, {}),
-    "cloud.template.annotations": ({"a": "b"}, {}),
-    "cloud.template.priorityClassName": ("p", {}),
-    "edge.clusterRef.namespace": ("other", {"edge": FAR, "cloud": BALANCED}),
-    "edge.deviceSelector.matchLabels": ({"a": "b"}, {}),
-    "edge.images": ([{"name": "x", "l4t": "", "arch": "arm64", "image": ""}], {}),
-    "edge.runtimeClassName": ("nvidia", {}),
-    "edge.accelerator.type": ("cuda", {}),
-    "edge.resources.requests": ({"cpu": "3"}, {}),
-    "edge.resources.limits": ({"cpu": "3"}, {}),
-    "edge.api.port": (80, {}),
-    "edge.api.hostPort": (80, {}),
-    "edge.api.modelName": ("m", {}),
-    "edge.api.keySecretRef.name": ("other", {"edge": {"api": {"keySecretRef": {"name": "k"}}}}),
-    "edge.api.keySecretRef.key": ("other", {"edge": {"api": {"keySecretRef": {"name": "k"}}}}),
-    "edge.weights.claim.name": ("v", {"edge": WEIGHTS}),
-    "edge.weights.claim.path": ("sub", {"edge": WEIGHTS}),
-    "edge.template.nodeSelector": ({"a": "b"}, {}),
-    "edge.template.tolerations": ([{"operator": "Exists"}], {}),
-    "edge.template.labels": ({"a": "b"}, {}),
-    "edge.template.annotations": ({"a": "b"}, {}),
-    "edge.template.priorityClassName": ("p", {}),
-    "chunking.tokens": (0, {}),
-    "imagePullSecrets": ([{"name": "s"}], {}),
-    "security.networkPolicies": (False, {}),
-    "observability.logLevel": ("debug", {}),
-    "observability.podMonitor": ("enabled", {}),
-}
-WITHOUT_OBJECTS = {
-    "mode": "one value in this version",
-    "cloud.tensorParallel": "one value in this version",
-    "cloud.accelerator.count": "follows from type: 0 or 1",
-    "edge.clusterRef.kubeconfigSecretRef.name": "says where objects are sent, not what they are",
-    "edge.clusterRef.kubeconfigSecretRef.key": "says where objects are sent, not what they are",
-    "edge.clusterRef.kubeconfigSecretRef.context": "says where objects are sent, not what they are",
-    "edge.deletionTimeoutSeconds": "is about deletion",
-    "speculation.drafter": "one value in this version",
-    "chunking.mode": "one value in this version",
-    "wire.uplink": "one value in this version",
-    "wire.downlink": "one value in this version",
-    "security.tls": "one value in this version",
-}
-
-
-def leaves(schema: dict[str, Any], path: str = "") -> Iterator[str]:
-    if "properties" not in schema:
-        yield path
-    for key, below in schema.get("properties", {}).items():
-        yield from leaves(below, f"{path}.{key}".lstrip("."))
 
 
 def test_the_two_tables_name_every_field() -> None:
