@@ -116,7 +116,8 @@ class Product:
             try:
                 if found := holds():
                     return found
-            except KubectlError as error:  # an API server on a busy machine may miss a request
+            # An API server on a busy machine may miss a request.
+            except (KubectlError, subprocess.TimeoutExpired) as error:
                 why = f": {error}"
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {timeout_s:.0f} s: {what}{why}\n{self.state()}")

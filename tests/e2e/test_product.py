@@ -17,7 +17,7 @@ from tests.e2e.product import OPERATOR, SITE_NAMESPACE, SYSTEM, TEAM, Product
 from tests.harness.cluster import Cluster
 from tests.harness.controlplane import NODE_GRACE_S
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.default_model]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.default_model]
 NAME = "smollm2"
 PROMPT = "Name three rivers of Europe."
 DEVICE = "edge-node"

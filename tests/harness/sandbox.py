@@ -18,7 +18,7 @@ from tests.harness.pid1 import READY
 
 _TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "iptables": "iptables"}
 _READY_S = 60.0
-_WEIGHTS = {"cpu.shares": 32 * 1024, "cpu.weight": 32 * 100}
+_WEIGHTS = {"cpu.shares": 4 * 1024, "cpu.weight": 4 * 100}
 """Without these all pods of a node together count as one process of a busy machine."""
 
 
