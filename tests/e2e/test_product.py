@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.product import OPERATOR, SITE_NAMESPACE, SYSTEM, TEAM, Product
+from tests.e2e.product import OPERATOR, SITE_NAMESPACE, SYSTEM, TEAM, Product, RequestError
 from tests.harness.cluster import Cluster
 from tests.harness.controlplane import NODE_GRACE_S
 
@@ -159,6 +159,14 @@ def test_scale(example: Product) -> None:
     example.wait("one replica", lambda: example.hat(NAME)["status"]["cloud"]["summary"] == "1/1")
 
 
+def answers(product: Product) -> bool:
+    """Whether the device's Service leads to an answer."""
+    try:
+        return bool(product.chat(NAME, PROMPT, 4))
+    except RequestError:
+        return False
+
+
 def test_operators_pod_is_killed(example: Product) -> None:
     """Devices answer without it, and the next one takes over: a child deleted meanwhile is back."""
     labels = "app.kubernetes.io/component=operator"
@@ -174,7 +182,7 @@ def test_operators_pod_is_killed(example: Product) -> None:
     )
     (device,) = example.objects(example.edge, SITE_NAMESPACE, "pods", f"hat.dev/deployment={NAME}")
     assert device["status"]["containerStatuses"][0]["restartCount"] == 0
-    assert example.chat(NAME, PROMPT, 4)
+    example.wait("kube-proxy knows the new Service", partial(answers, example), 30)
     deployment = ("-n", SYSTEM, "rollout", "status", f"deployment/{OPERATOR}", "--timeout=50s")
     example.cloud.kubectl(*deployment)
 
