@@ -96,7 +96,7 @@ class Cluster(ControlPlane):
         """Waits until the node is ready, or is not. Raises HatError, TimeoutError."""
         core = kube.CoreV1Api(self.client())
         deadline = time.monotonic() + timeout_s
-        while (why := self._why_not(core)) is not None if ready else self._why_not(core) is None:
+        while ((why := self._why_not(core)) is None) != ready:
             self.node.check()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.node.name} is {why or 'ready'} after {timeout_s:.0f} s")

@@ -41,6 +41,7 @@ class Node:
         self._folder = folder
         self._programs = programs
         self._children: dict[str, Child] = {}
+        self._kubelet: list[str] = []
 
     def start_containerd(self, cache: Path) -> None:
         """Starts the container runtime and waits until it serves. `cache`: where the model's package is kept."""
@@ -99,7 +100,7 @@ state = "{_STATE}"
 
     def start_kubelet(self, kubeconfig: Path, dns: str, labels: Mapping[str, str]) -> None:
         """Starts the kubelet. `labels`: the node's own; `dns`: address of the cluster's name server."""
-        secret = {"anonymous": {"enabled": False}, "webhook": {"enabled": True}}
+        callers = {"anonymous": {"enabled": False}, "webhook": {"enabled": True}}
         config = {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",
@@ -117,7 +118,7 @@ state = "{_STATE}"
             "clusterDomain": "cluster.local",
             "nodeStatusUpdateFrequency": "4s",
             "containerRuntimeEndpoint": f"unix://{_SOCKET}",
-            "authentication": {**secret, "x509": {"clientCAFile": str(self._folder / "ca.crt")}},
+            "authentication": {**callers, "x509": {"clientCAFile": str(self._folder / "ca.crt")}},
             "authorization": {"mode": "Webhook"},
         }
         flags = {
@@ -127,8 +128,10 @@ state = "{_STATE}"
             "node-ip": self._sandbox.address,
             "node-labels": ",".join(f"{key}={value}" for key, value in labels.items()),
         }
-        command = [str(self._programs["kubelet"]), *(f"--{key}={value}" for key, value in flags.items())]
-        self._kubelet = command
+        self._kubelet = [
+            str(self._programs["kubelet"]),
+            *(f"--{key}={value}" for key, value in flags.items()),
+        ]
         self.resume_kubelet()
 
     def stop_kubelet(self) -> None:
