@@ -98,8 +98,8 @@ class Worker:
         try:
             return await self._reconciler.reconcile(*key), False
         except ClusterError as error:
-            # A conflict only says that the object was read too early.
-            result = "conflict" if error.reason == "Conflict" else "error"
+            # The HatDeployment has changed or gone since it was read; the next pass sees it.
+            result = "conflict" if error.reason in ("Conflict", "NotFound") else "error"
             log.log(
                 logging.INFO if result == "conflict" else logging.ERROR,
                 "%s/%s: %s: %s",
