@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.cluster import Cluster
+from tests.harness.cluster import Cluster, remove_abandoned_cgroups
+from tests.harness.controlplane import PREFIX
+from tests.harness.sandbox import cgroups
 
 ROOT = Path(__file__).resolve().parents[2]
 _RUN = """
@@ -42,6 +44,10 @@ def test_nothing_survives_kill_9(clusters: tuple[Cluster, Cluster]) -> None:
         time.sleep(0.1)
     assert not inside(namespaces)
     assert gateway not in addresses()
+    left = f"{PREFIX}{run.pid}-"
+    assert cgroups(left)
+    remove_abandoned_cgroups()
+    assert not cgroups(left)
 
 
 def inside(namespace: Path) -> list[str]:

@@ -21,7 +21,7 @@ from tests.harness.binaries import (
 from tests.harness.controlplane import PREFIX, ControlPlane, is_abandoned
 from tests.harness.credentials import Credentials
 from tests.harness.node import POD_CIDR, TOOLS, Node, missing_cni, missing_linker
-from tests.harness.sandbox import Sandbox, abandoned_cgroups, check_machine, remove_cgroups
+from tests.harness.sandbox import Sandbox, cgroups, check_machine, remove_cgroups
 
 _API_PORT = 6443
 _API_SERVICE = "10.96.0.1"
@@ -35,6 +35,13 @@ def find_programs(say: Say = say_on_stderr) -> dict[str, Path]:
         if missing is not None:
             raise MissingProgramError(missing)
     return find_all((*CONTROL_PLANE, *NODE), say)
+
+
+def remove_abandoned_cgroups() -> None:
+    """Removes what test runs that were killed have left; their namespaces, mounts and processes ended with them."""
+    for name in cgroups(PREFIX):
+        if is_abandoned(name):
+            remove_cgroups(name)
 
 
 class Cluster(ControlPlane):
@@ -64,9 +71,7 @@ class Cluster(ControlPlane):
 
     def start(self) -> None:
         """Starts everything and waits until the node is ready. Raises HatError, MissingProgramError."""
-        for name in abandoned_cgroups(PREFIX):
-            if is_abandoned(name):
-                remove_cgroups(name)
+        remove_abandoned_cgroups()
         super().start()
 
     def _start(self) -> None:

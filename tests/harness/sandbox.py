@@ -174,7 +174,7 @@ def _remove_cgroup(path: Path) -> None:
             return
 
 
-def abandoned_cgroups(prefix: str) -> set[str]:
+def cgroups(prefix: str) -> set[str]:
     """Names of cgroups that start with `prefix`."""
     return {path.name for root in _hierarchies() for path in root.glob(f"{prefix}*") if path.is_dir()}
 
