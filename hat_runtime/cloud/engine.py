@@ -276,6 +276,7 @@ class Engine:
                 planned.session.sequence,
                 planned.start,
                 torch.cat([piece.work.hidden[piece.first : piece.last] for piece in planned.pieces]),
+                wanted=any(piece.wanted for piece in planned.pieces),
             )
             for planned in passes
         ]

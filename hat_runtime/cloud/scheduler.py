@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hat_runtime.cloud.session import Session, StepWork, violation
+from hat_runtime.cloud.session import Session, StepWork, Want, violation
 from hat_runtime.model.pages import KvCache
 
 
@@ -36,6 +36,12 @@ class Piece:
     work: StepWork
     first: int
     last: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the device wants a deep state of these rows."""
+        want = self.work.want
+        return want is Want.ALL or (want is Want.LAST and self.last == len(self.work.hidden))
 
 
 @dataclass

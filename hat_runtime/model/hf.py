@@ -54,8 +54,14 @@ def _paged_attention(
     keys, values = hat.cache.layers[layer]
     keys.index_copy_(0, hat.new_slots, key[0].transpose(0, 1))
     values.index_copy_(0, hat.new_slots, value[0].transpose(0, 1))
+    if hat.cache_only and layer == len(hat.cache.layers) - 1:
+        raise _CacheFilled
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return hat.backend.attend(layer, query[0], hat, scale=scale, window=sliding_window)[None], None
+
+
+class _CacheFilled(Exception):
+    """Leaves the last layer once its keys and values are stored, where nobody wants its output."""
 
 
 AttentionInterface.register(_ATTENTION, _paged_attention)
@@ -92,14 +98,18 @@ class DecoderSlice:
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Packed hidden states [T, hidden_size] at positions int64 [T] -> the last layer's output [T, hidden_size].
 
-        Writes the new keys and values into the batch's cache.
+        Writes the new keys and values into the batch's cache. With `batch.cache_only` that is all: the output is
+        [0, hidden_size].
         """
-        out = self._model(
-            inputs_embeds=hidden[None].to(self.dtype),
-            position_ids=positions[None],
-            use_cache=False,
-            hat=batch,
-        )
+        try:
+            out = self._model(
+                inputs_embeds=hidden[None].to(self.dtype),
+                position_ids=positions[None],
+                use_cache=False,
+                hat=batch,
+            )
+        except _CacheFilled:
+            return hidden.new_empty(0, self.hidden_size, dtype=self.dtype)
         deep: torch.Tensor = out.last_hidden_state[0]
         return deep
 

@@ -14,6 +14,10 @@ _ROWS = 128
 """Rows that the layout is chosen for; others are as fast with it."""
 
 
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+"""Children of the gated MLP (SwiGLU, Shazeer, arXiv 2002.05202) that the supported architectures share."""
+
+
 class PackedLinear(torch.nn.Module):
     """`torch.nn.Linear` with a packed weight: x [..., in_features] -> [..., out_features]. Inference only."""
 
@@ -24,7 +28,34 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return self.then(rows, "none")
+
+    def then(self, rows: torch.Tensor, function: str) -> torch.Tensor:
+        """An elementwise function of the output, as oneDNN names it, before the output is rounded and written."""
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, function, [], "")
+        return out
+
+    def times(self, rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """The output times a factor of its shape, multiplied before the output is rounded and written."""
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            rows, factor, self.weight, self.bias, "mul"
+        )
+        return out
+
+
+class PackedGatedMLP(torch.nn.Module):
+    """down(silu(gate(x)) * up(x)) with both elementwise steps inside the matrix products. Inference only."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = PackedLinear(mlp.gate_proj)  # type: ignore[arg-type]
+        self.up_proj = PackedLinear(mlp.up_proj)  # type: ignore[arg-type]
+        self.down_proj = PackedLinear(mlp.down_proj)  # type: ignore[arg-type]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """x [..., hidden_size] -> [..., hidden_size]."""
+        gate = self.gate_proj.then(rows, "swish")
+        out: torch.Tensor = self.down_proj(self.up_proj.times(rows, gate))
         return out
 
 
@@ -41,9 +72,28 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pack_linears(module: torch.nn.Module) -> None:
-    """Replace every `torch.nn.Linear` below `module` by its packed form, and let go of the plain weight."""
+    """Replace every gated MLP and `torch.nn.Linear` below `module` by its packed form; the plain weights go."""
     for name, child in list(module.named_children()):
         if type(child) is torch.nn.Linear:
             setattr(module, name, PackedLinear(child))
+        elif _is_gated_mlp(child):
+            setattr(module, name, PackedGatedMLP(child))
         else:
             pack_linears(child)
+
+
+def _is_gated_mlp(module: torch.nn.Module) -> bool:
+    """Whether the module has a gated MLP's parts and computes what PackedGatedMLP does."""
+    parts = dict(module.named_children())
+    if set(parts) != _GATED or list(module.parameters(recurse=False)):
+        return False
+    gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    if not (type(gate) is torch.nn.Linear and type(up) is torch.nn.Linear and type(down) is torch.nn.Linear):
+        return False
+    probe = torch.linspace(-4, 4, 64)
+    if not torch.allclose(act(probe), torch.nn.functional.silu(probe), atol=1e-6):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, gate.in_features, generator=generator).to(gate.weight.dtype)
+    with torch.inference_mode():
+        return torch.equal(module(rows), down(act(gate(rows)) * up(rows)))

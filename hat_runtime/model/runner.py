@@ -18,6 +18,8 @@ class Segment:
     sequence: PagedSequence
     start: int
     hidden: torch.Tensor
+    wanted: bool = True
+    """False: only its keys and values matter, as for all but the last chunk of a prompt."""
 
 
 class LayerRunner:
@@ -39,7 +41,8 @@ class LayerRunner:
             segments: at least one; the hidden states may be on any device.
 
         Returns:
-            The last layer's output of each segment, [n, hidden_size], on the layers' device.
+            The last layer's output of each segment, [n, hidden_size], on the layers' device; [0, hidden_size] where
+            no segment's output is wanted.
 
         Raises:
             ValueError: a segment starts beyond its sequence's end.
@@ -65,7 +68,9 @@ class LayerRunner:
         device = self.layers.device
         hidden = torch.cat([segment.hidden.to(device) for segment in segments])
         positions = torch.cat([torch.arange(s.start, s.total, device=device) for s in spans])
-        deep = self.layers.forward(hidden, positions, AttentionBatch(self.backend, self.cache, spans))
+        cache_only = not any(segment.wanted for segment in segments)
+        batch = AttentionBatch(self.backend, self.cache, spans, cache_only=cache_only)
+        deep = self.layers.forward(hidden, positions, batch)
         for segment in segments:
             segment.sequence.length = segment.start + len(segment.hidden)
         return [deep[span.first : span.first + span.count] for span in spans]

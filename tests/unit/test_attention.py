@@ -16,6 +16,8 @@ MIXES = {
     "many decoding": [(1, 3), (1, 40), (1, 1), (1, 25)],
     "very different lengths": [(1, 1), (1, 300), (1, 2)],
     "prompt chunks": [(7, 0), (12, 20)],
+    "a block and a bit after cached ones": [(280, 30), (3, 9)],
+    "blocks of a prompt": [(290, 0), (1, 4)],
     "everything": [(1, 5), (6, 0), (1, 30), (4, 17), (1, 0), (1, 2)],
 }
 
@@ -26,12 +28,12 @@ MIXES = {
 def test_equals_attention_written_out(name: str, window: int | None, mix: str) -> None:
     torch.manual_seed(3)
     cache = KvCache(
-        layers=1, kv_heads=KV_HEADS, head_dim=DIM, num_pages=512, page_tokens=1, dtype=torch.float32,
+        layers=1, kv_heads=KV_HEADS, head_dim=DIM, num_pages=1024, page_tokens=1, dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip
     cache.keys.normal_()
     cache.values.normal_()
-    free = random.Random(3).sample(range(512), 512)
+    free = random.Random(3).sample(range(1024), 1024)
     spans, first = [], 0
     for count, start in MIXES[mix]:
         slots = torch.tensor([free.pop() for _ in range(start + count)])

@@ -31,10 +31,14 @@ class Span:
 class AttentionBatch:
     """What a backend prepares once per pass and reads in every layer."""
 
-    def __init__(self, backend: AttentionBackend, cache: KvCache, spans: list[Span]) -> None:
+    def __init__(
+        self, backend: AttentionBackend, cache: KvCache, spans: list[Span], *, cache_only: bool = False
+    ) -> None:
         self.backend = backend
         self.cache = cache
         self.spans = spans
+        self.cache_only = cache_only
+        """Only keys and values are wanted: the last layer can end when it has stored them."""
         self.new_slots = torch.cat([span.slots[span.start :] for span in spans])
         """int64 [T]: where the packed new tokens go."""
         self.plan: Any = backend.prepare(spans, cache)

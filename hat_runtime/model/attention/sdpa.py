@@ -17,6 +17,9 @@ from hat_runtime.model.pages import KvCache
 PADDING_LIMIT = 3
 """Sequences are decoded in one padded call while it reads at most this many times the tokens that they have."""
 
+BLOCK_ROWS = 256
+"""New tokens of one sequence that share a call. SDPA also computes what the mask hides, half of a block's square."""
+
 
 @dataclass
 class _Decoding:
@@ -98,16 +101,26 @@ class SdpaAttention(AttentionBackend):
         oldest = 0 if window is None else max(0, span.start - window + 1)
         slots = span.slots[oldest:] if oldest else span.slots
         plain = span.start == 0 and span.count > 1 and (window is None or window >= span.count)
-        attended = F.scaled_dot_product_attention(
-            query[None],
-            keys.index_select(0, slots).transpose(0, 1)[None],
-            values.index_select(0, slots).transpose(0, 1)[None],
-            attn_mask=None if plain else _span_mask(plan, span, oldest, window, query),
-            is_causal=plain,
-            scale=scale,
-            enable_gqa=True,
-        )
-        return attended[0].transpose(0, 1)
+        mask = None if plain else _span_mask(plan, span, oldest, window, query)
+        k, v = (cached.index_select(0, slots).transpose(0, 1)[None] for cached in (keys, values))
+        if mask is None or span.count <= BLOCK_ROWS:
+            attended = F.scaled_dot_product_attention(
+                query[None], k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=True
+            )
+            return attended[0].transpose(0, 1)
+        out = query.new_empty(span.count, *query.shape[::2])
+        for first in range(0, span.count, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, span.count)
+            seen = span.start + last - oldest
+            out[first:last] = F.scaled_dot_product_attention(
+                query[None, :, first:last],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                attn_mask=mask[first:last, :seen],
+                scale=scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        return out
 
 
 def _decoding_mask(plan: _Plan, decoding: _Decoding, window: int | None, query: torch.Tensor) -> torch.Tensor:
