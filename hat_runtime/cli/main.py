@@ -10,11 +10,9 @@ from importlib.metadata import entry_points
 from hat_runtime import __version__
 from hat_runtime.cli.command import ENTRY_POINTS, Command
 from hat_runtime.errors import HatError
+from hat_runtime.process import tune_libraries
 
 EXIT_INTERRUPTED = 130
-OPENMP_SPINS = "30000"
-"""How long torch's idle threads spin for the next parallel region: long enough within a pass, short enough that device
-and cloud on one machine do not take the cores from each other (docs/decisions/0006-one-torch-thread.md)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `hat` and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)  # read once, when torch is imported
+    tune_libraries()
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)

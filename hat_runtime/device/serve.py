@@ -25,6 +25,7 @@ from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
 from hat_runtime.model.hf import load_config, load_tokenizer
+from hat_runtime.process import spare_collector
 from hat_runtime.signals import wait_for_termination
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ async def serve_device(config: DeviceConfig) -> None:
 
 async def _serve_forever(config: DeviceConfig) -> None:
     async with running_device(config) as device:
+        spare_collector()
         print(f"hat device: {device.model_name} on {device.url}/v1, cloud {config.cloud}. Try:", flush=True)
         print(_example(device, with_key=config.api_key_file is not None), flush=True)
         await asyncio.Event().wait()

@@ -1,0 +1,28 @@
+"""What a serving process sets up for itself before it serves."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+OPENMP_SPINS = "30000"
+"""How long torch's idle threads spin for the next parallel region: long enough within a pass, short enough that device
+and cloud on one machine do not take the cores from each other (docs/decisions/0006-one-torch-thread.md)."""
+GRPC_EXPERIMENTS = "tcp_rcv_lowat,tcp_frame_size_tuning"
+"""gRPC wakes up for a large part of a message, not for each packet (docs/decisions/0008-few-wake-ups.md)."""
+
+
+def tune_libraries() -> None:
+    """Set what torch and gRPC read from the environment when they are imported; what is set already stays."""
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+    os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
+
+
+def spare_collector() -> None:
+    """Take everything that is alive out of the garbage collector's sight. Once, when the model is loaded.
+
+    torch and transformers leave some hundred thousand objects that stay for good; a full collection of them stops all
+    threads of the process for some tenths of a second, in the middle of somebody's answer.
+    """
+    gc.collect()
+    gc.freeze()
