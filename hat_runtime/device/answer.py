@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from hat_runtime.control.chunks import chunk_ends
 from hat_runtime.device.conversations import Conversation, ConversationStore
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.request import GenerationRequest
@@ -165,10 +166,11 @@ class Answer:
         window = max(2, conversation.session.limits.max_inflight_steps)
         sent: deque[asyncio.Future[StepResult]] = deque()
         deep: torch.Tensor | None = None
-        for start in range(min(conversation.held, total - 1), total, self._chunk):
-            end = min(start + self._chunk, total)
+        start = min(conversation.held, total - 1)
+        for end in chunk_ends(start, total, self._chunk):
             hidden = await self._shallow(start, end)
             sent.append(self._submit(start, hidden, LAST if end == total else NONE))
+            start = end
             # The next chunk's shallow pass runs while this one travels and is computed in the cloud.
             while sent and (sent[0].done() or len(sent) >= window or end == total):
                 result = await sent.popleft()

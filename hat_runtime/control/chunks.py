@@ -1,0 +1,39 @@
+"""Where a prompt is cut into chunks.
+
+The cloud computes nothing until the first chunk has been computed on the device and has crossed the link. So the first
+chunks are smaller: the pipeline of device, link and cloud fills sooner, at the price of one or two more passes, which
+overlap with the transfer of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+RAMP = (4, 2)
+"""The first chunks are this many times shorter than the others."""
+SHORTEST = 32
+"""Tokens below which a chunk is not shortened: a pass over fewer costs the cloud as much."""
+
+
+def chunk_ends(start: int, total: int, chunk: int) -> Iterator[int]:
+    """The ends of the chunks of the tokens start <= i < total, in order; the last one is `total`.
+
+    Args:
+        start: first token to send, 0 <= start < total.
+        total: tokens of the text.
+        chunk: tokens of a chunk, at least 1. What fits into one chunk is not cut.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, but must be at least 1")
+    end = start
+    if total - start > chunk:
+        for divisor in RAMP:
+            if chunk // divisor >= SHORTEST:
+                end += chunk // divisor
+                yield end
+    while end < total:
+        end = min(end + chunk, total)
+        yield end
