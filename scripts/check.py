@@ -67,6 +67,13 @@ CHECKS = (
         may_skip=True,
     ),
     Check("scan", (PYTHON, "-m", "scripts.scan"), limit_s=600),
+    Check(  # needs root and buildah; the first run makes a base image and fetches wheels
+        "images",
+        (PYTHON, "-m", "pytest", "tests/images", "-m", "not long"),
+        limit_s=1500,
+        is_pytest=True,
+        may_skip=True,
+    ),
 )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from scripts import images
 from tests.images.conftest import Built
@@ -29,7 +33,8 @@ def check_metadata(built: Built) -> None:
     labels = {key.removeprefix("org.opencontainers.image."): value for key, value in found["Labels"].items()}
     assert labels["title"] == f"hat-{built.name}"
     assert labels["version"] == images.project_version()
-    assert labels["revision"] == images.source_revision()
+    assert labels["revision"] == built.revision
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", built.revision)
     assert labels["licenses"] == "Apache-2.0"
     assert labels["base.name"].startswith("localhost/")
     assert labels["description"]
@@ -67,7 +72,8 @@ def check_commands(built: Built, container: str) -> None:
 
 def check_packages(built: Built, container: str) -> None:
     """Exactly the locked versions; in the operator's image nothing of torch."""
-    found: dict[str, str] = json.loads(built.run(container, "python3", "-c", _DISTRIBUTIONS))
+    said: dict[str, str] = json.loads(built.run(container, "python3", "-c", _DISTRIBUTIONS))
+    found = {canonicalize_name(name): version for name, version in said.items()}
     wanted = locked(built)
     assert {name: found.get(name) for name in wanted} == wanted
     if built.name == "operator":
@@ -77,8 +83,6 @@ def check_packages(built: Built, container: str) -> None:
 
 def locked(built: Built) -> dict[str, str]:
     """Name and version of what uv.lock has for this image on this platform."""
-    from packaging.requirements import Requirement
-
     extras = [word for extra in EXTRAS[built.name] for word in ("--extra", extra)]
     command = ["uv", "export", "--quiet", "--frozen", "--no-dev", "--no-hashes", "--no-emit-project", *extras]
     said = subprocess.run(
@@ -94,7 +98,7 @@ def locked(built: Built) -> dict[str, str]:
     assert sys.version_info >= (3, 11)
     environment = {"python_version": "3.11", "python_full_version": "3.11.2"}
     return {
-        one.name: str(one.specifier).removeprefix("==")
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
         for one in needed
         if one.marker is None or one.marker.evaluate(environment)
     }

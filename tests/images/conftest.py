@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ class Built:
     reference: str
     buildah: Buildah
     volumes: tuple[str, ...]
+    revision: str
+    """That the build has written into the image."""
 
     def run(self, container: str, *command: str) -> str:
         """Standard output of a command in a container of the image, as the image's user."""
@@ -72,7 +75,9 @@ def build(buildah: Buildah, base: str, name: str, full: bool = False) -> Built:
     )
     assert done.returncode == 0, done.stdout[-4000:]
     reference = done.stdout.rstrip().splitlines()[-1].strip()
-    return Built(name, reference, buildah, volumes)
+    revision = re.search(r"REVISION=(\S+)", done.stdout)
+    assert revision is not None
+    return Built(name, reference, buildah, volumes, revision.group(1))
 
 
 @pytest.fixture(scope="session", params=["operator", "edge"])

@@ -58,7 +58,7 @@ class Buildah:
             "TMPDIR": str(cache_folder()),
         }
 
-    def run(self, *arguments: str, timeout_s: float = 170) -> str:
+    def run(self, *arguments: str, timeout_s: float = 900) -> str:
         """Standard output of one command; what it says on standard error when it fails is in the AssertionError."""
         done = subprocess.run(
             ["buildah", *arguments],

@@ -8,6 +8,8 @@ from tests.images import checks
 from tests.images.conftest import Built, build
 from tests.images.machine import Buildah
 
+# The first run makes the base image and fetches wheels.
+pytestmark = pytest.mark.timeout(1200)
 OPERATOR_MB = 260
 """Over its base. A torch would be ten times that."""
 

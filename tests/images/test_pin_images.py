@@ -14,6 +14,7 @@ from tests.harness.ci import skip_or_fail
 from tests.images.machine import Buildah
 from tests.images.registry import registry
 
+pytestmark = pytest.mark.timeout(400)
 OLD = "sha256:" + "0" * 64
 TEXT = """
 [cpu]
@@ -45,10 +46,12 @@ def test_what_a_registry_says_is_written_and_nothing_else(
     if shutil.which("skopeo") is None:
         skip_or_fail("images: no skopeo; on Debian and Ubuntu: apt-get install skopeo")
     with registry(tmp_path) as host:
-        insecure = tmp_path / "registries.conf"
-        insecure.write_text(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n')
-        monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(insecure))
-        buildah.environment["CONTAINERS_REGISTRIES_CONF"] = str(insecure)
+        # Where both tools look for what an administrator allows: this registry speaks no TLS.
+        config = tmp_path / ".config" / "containers"
+        config.mkdir(parents=True)
+        (config / "registries.conf").write_text(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n')
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setitem(buildah.environment, "HOME", str(tmp_path))
         reference = f"{host}/team/base:1"
         name = buildah.run("from", "scratch").strip()
         try:
