@@ -30,7 +30,7 @@ demo: $(STAMP)  ## answer a question with a real model split between two process
 env: $(STAMP)  ## install everything into .venv
 
 $(STAMP): pyproject.toml uv.lock
-	@scripts/uv sync --frozen --all-extras
+	@scripts/uv sync --frozen --all-extras --compile-bytecode
 	@touch $@
 
 ##@ checks, as CI runs them
