@@ -54,15 +54,23 @@ class ControlPlane:
     address = "127.0.0.1"
     """Where the apiserver listens."""
 
-    def __init__(self, programs: Mapping[str, Path], name: str = "test", audit: bool = False) -> None:
+    def __init__(
+        self,
+        programs: Mapping[str, Path],
+        name: str = "test",
+        audit: bool = False,
+        node_grace_s: int = NODE_GRACE_S,
+    ) -> None:
         """Nothing starts yet.
 
         Args:
             programs: paths, as binaries.find_all() gives them.
             name: for messages.
             audit: keep a log of requests, for `audit_events`.
+            node_grace_s: seconds without a heartbeat after which a node counts as lost.
         """
         self.name = name
+        self._node_grace_s = node_grace_s
         self._programs = programs
         self._audit = audit
         self._children: dict[str, Child] = {}
@@ -108,7 +116,7 @@ class ControlPlane:
             use_service_account_credentials="true",
             leader_elect="false",
             secure_port=0,
-            node_monitor_grace_period=f"{NODE_GRACE_S}s",
+            node_monitor_grace_period=f"{self._node_grace_s}s",
         )
         core = kube.CoreV1Api(self.client())
         self._wait("kube-controller-manager", lambda: _why_no_account(core, "default"))
