@@ -194,6 +194,8 @@ def main(names: list[str]) -> int:
     if unknown := [name for name in names if name not in known]:
         print(f"check.py: no check is called {unknown[0]!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
+    # A shell's background job ignores Ctrl-C, and so would the programs that the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         try:
             outcomes = [run(check, Path(folder)) for check in [known[name] for name in names] or CHECKS]
