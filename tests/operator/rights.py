@@ -48,7 +48,7 @@ def refused(events: Iterable[Mapping[str, Any]], user: str) -> set[Right]:
 def _requests(events: Iterable[Mapping[str, Any]], user: str) -> Iterable[tuple[Mapping[str, Any], Right]]:
     for event in events:
         about = event.get("objectRef", {})
-        if event["user"]["username"] != user or "resource" not in about or "responseStatus" not in event:
+        if event["user"].get("username") != user or "resource" not in about or "responseStatus" not in event:
             continue
         parts = [about["resource"], about.get("subresource")]
         yield event, Right(about.get("apiGroup", ""), "/".join(filter(None, parts)), event["verb"])

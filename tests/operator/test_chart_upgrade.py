@@ -94,7 +94,7 @@ def reconciled(installed: Installed, marker: int) -> bool:
     seen = {
         event["objectRef"].get("name")
         for event in installed.plane.audit_events()[marker:]
-        if event["user"]["username"] == user
+        if event["user"].get("username") == user
         and event.get("objectRef", {}).get("resource") == "hatdeployments"
     }
     return seen >= set(NAMES)

@@ -29,8 +29,8 @@ def writes(plane: ControlPlane, namespace: str) -> list[str]:
         for event in plane.audit_events()
         if event["verb"] in verbs
         and event.get("objectRef", {}).get("namespace") == namespace
-        and "controller" not in event["user"]["username"]
-        and not event["user"]["username"].startswith("system:serviceaccount")
+        and "controller" not in event["user"].get("username", "")
+        and not event["user"].get("username", "").startswith("system:serviceaccount")
     ]
 
 
