@@ -170,6 +170,7 @@ def lived(
         try:
             with operator(config, deployment, release):
                 live(found, edge_plane, site, folder)
+                eventually(lambda: lease_is_renewed(control_plane, release), "the lease is renewed")
                 found.home_events = control_plane.audit_events()
                 found.site_events = edge_plane.audit_events()[begins:]
                 yield found
@@ -180,6 +181,12 @@ def lived(
             cluster_wide = [one for one in objects if one["kind"] in ("ClusterRole", "ClusterRoleBinding")]
             for one in cluster_wide:
                 control_plane.kubectl("delete", one["kind"], one["metadata"]["name"])
+
+
+def lease_is_renewed(home: ControlPlane, namespace: str) -> bool:
+    """Whether the leader has written its Lease once more since it took it: a fast machine lives through all before."""
+    leases = json.loads(home.kubectl("-n", namespace, "get", "leases", "-o", "json").stdout)["items"]
+    return any(lease["spec"]["renewTime"] != lease["spec"]["acquireTime"] for lease in leases)
 
 
 def live(lived: Lived, edge: ControlPlane, site: Path, folder: Path) -> None:
