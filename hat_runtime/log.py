@@ -16,20 +16,21 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The request that the current task works for; the same id on device and cloud."""
 
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SANE = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def sane_request_id(text: str) -> str | None:
     """The id if it may stand in a log and a header, else None: it comes from outside and must not forge log lines."""
-    return text if _SANE_ID.fullmatch(text) else None
-
-
-_SANE_DEVICE = re.compile(r"[A-Za-z0-9._-]{1,253}")
+    return _sane(text, 128)
 
 
 def sane_device_name(text: str) -> str | None:
     """The name if it may stand in the list of devices, else None. Names of Kubernetes' nodes may."""
-    return text if _SANE_DEVICE.fullmatch(text) else None
+    return _sane(text, 253)
+
+
+def _sane(text: str, longest: int) -> str | None:
+    return text if len(text) <= longest and _SANE.fullmatch(text) else None
 
 
 class _RequestIdFilter(logging.Filter):

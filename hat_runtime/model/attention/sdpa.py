@@ -103,24 +103,22 @@ class SdpaAttention(AttentionBackend):
         plain = span.start == 0 and span.count > 1 and (window is None or window >= span.count)
         mask = None if plain else _span_mask(plan, span, oldest, window, query)
         k, v = (cached.index_select(0, slots).transpose(0, 1)[None] for cached in (keys, values))
-        if mask is None or span.count <= BLOCK_ROWS:
-            attended = F.scaled_dot_product_attention(
-                query[None], k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=True
-            )
-            return attended[0].transpose(0, 1)
-        out = query.new_empty(span.count, *query.shape[::2])
-        for first in range(0, span.count, BLOCK_ROWS):
-            last = min(first + BLOCK_ROWS, span.count)
+        blocks = []
+        size = span.count if mask is None else BLOCK_ROWS
+        for first in range(0, span.count, size):
+            last = min(first + size, span.count)
             seen = span.start + last - oldest
-            out[first:last] = F.scaled_dot_product_attention(
+            attended = F.scaled_dot_product_attention(
                 query[None, :, first:last],
                 k[:, :, :seen],
                 v[:, :, :seen],
-                attn_mask=mask[first:last, :seen],
+                attn_mask=None if mask is None else mask[first:last, :seen],
+                is_causal=plain,
                 scale=scale,
                 enable_gqa=True,
-            )[0].transpose(0, 1)
-        return out
+            )
+            blocks.append(attended[0].transpose(0, 1))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _decoding_mask(plan: _Plan, decoding: _Decoding, window: int | None, query: torch.Tensor) -> torch.Tensor:
