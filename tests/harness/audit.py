@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -45,6 +45,11 @@ def requests(events: Iterable[Mapping[str, Any]], agent: str = "") -> list[Reque
             )
         )
     return sorted(found, key=lambda request: request.received)
+
+
+def by_user(events: Iterable[Mapping[str, Any]], user: str) -> Iterator[Mapping[str, Any]]:
+    """The events of one user. Those of requests without a valid credential name none."""
+    return (event for event in events if event["user"].get("username") == user)
 
 
 def writes(events: Iterable[Mapping[str, Any]], agent: str) -> list[Request]:

@@ -89,7 +89,7 @@ class ControlPlane:
         self._credentials = self._make_credentials()
         self._credentials.write()
         (self.folder / "audit-policy.json").write_text(json.dumps(_AUDIT_POLICY))
-        self._etcd = f"http://127.0.0.1:{_free_port()}"
+        self._etcd = f"http://127.0.0.1:{free_port()}"
         self._port = self._choose_port()
         self.server = f"https://{self.address}:{self._port}"
         self.kubeconfig = self._credentials.kubeconfig(
@@ -125,7 +125,7 @@ class ControlPlane:
         return Credentials(self.folder)
 
     def _choose_port(self) -> int:
-        return _free_port()
+        return free_port()
 
     def _apiserver_flags(self) -> dict[str, object]:
         """What differs where the cluster has nodes."""
@@ -284,7 +284,7 @@ def _why_no_account(core: kube.CoreV1Api, namespace: str) -> str | None:
     return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that is free now, below the range from which the kernel takes those of outgoing connections."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)

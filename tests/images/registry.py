@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.harness.ci import skip_or_fail
+from tests.harness.controlplane import free_port
 from tests.images.machine import cache_folder
 
 PACKAGE = "docker-registry"
@@ -49,7 +48,7 @@ def find_program() -> Path:
 def registry(folder: Path) -> Iterator[str]:
     """HOST:PORT of an empty registry that lives until the block ends; its files lie in `folder`."""
     program = find_program()
-    port = _free_port()
+    port = free_port()
     config = folder / "registry.yaml"
     config.write_text(
         f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {folder / 'registry'}}}}}\n"
@@ -74,10 +73,3 @@ def _answers(port: int) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
-
-
-def _free_port() -> int:
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

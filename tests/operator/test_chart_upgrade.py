@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.harness.audit import by_user
 from tests.harness.controlplane import ControlPlane, KubectlError
 from tests.harness.release import CHART, Helm, HelmError
 from tests.operator.manifests import hat_deployment
-from tests.operator.test_process import eventually
+from tests.operator.running import eventually
 from tests.operator.test_rbac import account_kubeconfig, apply, count, operator
 
 Object = dict[str, Any]
@@ -93,9 +94,8 @@ def reconciled(installed: Installed, marker: int) -> bool:
     user = f"system:serviceaccount:{installed.release}:hat-hat-operator"
     seen = {
         event["objectRef"].get("name")
-        for event in installed.plane.audit_events()[marker:]
-        if event["user"].get("username") == user
-        and event.get("objectRef", {}).get("resource") == "hatdeployments"
+        for event in by_user(installed.plane.audit_events()[marker:], user)
+        if event.get("objectRef", {}).get("resource") == "hatdeployments"
     }
     return seen >= set(NAMES)
 

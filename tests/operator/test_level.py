@@ -18,6 +18,7 @@ from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.kinds import HATDEPLOYMENT
 from hat_operator.kubeconfig import client_from_kubeconfig
 from hat_operator.spec import HatDeployment
+from tests.harness.audit import by_user
 from tests.harness.controlplane import ControlPlane
 from tests.operator.home import Home, inline, remote, store_kubeconfig
 from tests.operator.manifests import changed, hat_deployment
@@ -200,9 +201,7 @@ async def test_a_rotated_kubeconfig_is_used_and_the_old_one_no_more(
         await settled(home.cluster, edge, home.namespace, "chat", WITHIN_S)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            events = [
-                event for event in edge_plane.audit_events()[before:] if event["user"].get("username") == user
-            ]
+            events = list(by_user(edge_plane.audit_events()[before:], user))
             if {event["objectRef"]["resource"] for event in events if event["verb"] == "watch"} >= {
                 "pods",
                 "nodes",

@@ -12,9 +12,7 @@ import yaml
 
 from tests.harness.controlplane import ControlPlane
 from tests.operator.manifests import hat_deployment
-from tests.operator.running import Operator, eventually, free_port, healthy
-
-__all__ = ["eventually", "free_port", "healthy"]
+from tests.operator.running import Operator, eventually, healthy
 
 
 def holder(plane: ControlPlane, namespace: str) -> str:

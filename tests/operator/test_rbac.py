@@ -21,7 +21,7 @@ from tests.harness.controlplane import ControlPlane
 from tests.harness.release import Helm
 from tests.operator.manifests import hat_deployment
 from tests.operator.rights import Right, granted, refused, used
-from tests.operator.test_process import eventually, free_port, healthy
+from tests.operator.running import eventually, free_port, healthy
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "examples" / "hat-site.yaml"
