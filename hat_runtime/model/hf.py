@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from hat_runtime.errors import ModelError
 from hat_runtime.model.attention import AttentionBatch
 from hat_runtime.model.packed import can_pack, pack_linears
+from hat_runtime.model.packed_layer import pack_layers
 from hat_runtime.model.split import LayerRange
 from hat_runtime.model.weights import EMBED, HEAD, NORM, TensorIndex, layer_of
 
@@ -51,9 +52,7 @@ def _paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature over the paged cache; query, key and value are [1, heads, T, head_dim]."""
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = hat.cache.layers[layer]
-    keys.index_copy_(0, hat.new_slots, key[0].transpose(0, 1))
-    values.index_copy_(0, hat.new_slots, value[0].transpose(0, 1))
+    hat.store(layer, key[0], value[0])
     if hat.cache_only and layer == len(hat.cache.layers) - 1:
         raise _CacheFilled
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -85,6 +84,7 @@ class DecoderSlice:
         self.parameter_names = self._parameter_names()
         """Names of the layers' parameters as the whole model calls them."""
         if can_pack(self.dtype, self.device):
+            pack_layers(model, _paged_attention)
             pack_linears(model)
 
     def _parameter_names(self) -> set[str]:

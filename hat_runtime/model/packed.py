@@ -13,18 +13,22 @@ import torch
 _ROWS = 128
 """Rows that the layout is chosen for; others are as fast with it."""
 
-
-_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """Children of the gated MLP (SwiGLU, Shazeer, arXiv 2002.05202) that the supported architectures share."""
 
 
 class PackedLinear(torch.nn.Module):
     """`torch.nn.Linear` with a packed weight: x [..., in_features] -> [..., out_features]. Inference only."""
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, *linears: torch.nn.Linear) -> None:
+        """Several layers over the same input become one; their outputs follow one another."""
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        if len(biases) not in (0, len(linears)):
+            raise ValueError("some of the layers have a bias, others have none")
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        self.bias = torch.cat(biases) if biases else None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -76,16 +80,16 @@ def pack_linears(module: torch.nn.Module) -> None:
     for name, child in list(module.named_children()):
         if type(child) is torch.nn.Linear:
             setattr(module, name, PackedLinear(child))
-        elif _is_gated_mlp(child):
+        elif is_gated_mlp(child):
             setattr(module, name, PackedGatedMLP(child))
         else:
             pack_linears(child)
 
 
-def _is_gated_mlp(module: torch.nn.Module) -> bool:
+def is_gated_mlp(module: torch.nn.Module) -> bool:
     """Whether the module has a gated MLP's parts and computes what PackedGatedMLP does."""
     parts = dict(module.named_children())
-    if set(parts) != _GATED or list(module.parameters(recurse=False)):
+    if set(parts) != GATED or list(module.parameters(recurse=False)):
         return False
     gate, up, down, act = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
     if not (type(gate) is torch.nn.Linear and type(up) is torch.nn.Linear and type(down) is torch.nn.Linear):

@@ -5,6 +5,7 @@ Invariant, checked by `KvCache.check`: free + owned == total, and no page has tw
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -109,6 +110,14 @@ class KvCache:
         offsets = torch.arange(self.page_tokens, dtype=torch.int64)
         flat = (pages[:, None] * self.page_tokens + offsets).view(-1)[:total_tokens]
         return flat.to(self.keys.device)
+
+    def run(self, sequence: PagedSequence, total_tokens: int) -> slice | None:
+        """The slots of the first `total_tokens` positions where its pages follow one another in the pool, else None."""
+        pages = sequence.pages[: -(-total_tokens // self.page_tokens)]
+        if not pages or any(later != page + 1 for page, later in itertools.pairwise(pages)):
+            return None
+        first = pages[0] * self.page_tokens
+        return slice(first, first + total_tokens)
 
     def check(self, sequences: Iterable[PagedSequence]) -> None:
         """Raise RuntimeError unless every page is free or has exactly one owner among `sequences`."""

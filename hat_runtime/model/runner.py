@@ -62,8 +62,9 @@ class LayerRunner:
         first = 0
         for segment in segments:
             count = len(segment.hidden)
-            slots = self.cache.slots(segment.sequence, segment.start + count)
-            spans.append(Span(first, count, segment.start, slots))
+            total = segment.start + count
+            slots, run = self.cache.slots(segment.sequence, total), self.cache.run(segment.sequence, total)
+            spans.append(Span(first, count, segment.start, slots, run))
             first += count
         device = self.layers.device
         hidden = torch.cat([segment.hidden.to(device) for segment in segments])

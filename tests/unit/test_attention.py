@@ -25,7 +25,8 @@ MIXES = {
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("mix", MIXES)
-def test_equals_attention_written_out(name: str, window: int | None, mix: str) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["scattered", "in a run"])
+def test_equals_attention_written_out(name: str, window: int | None, mix: str, together: bool) -> None:
     torch.manual_seed(3)
     cache = KvCache(
         layers=1, kv_heads=KV_HEADS, head_dim=DIM, num_pages=1024, page_tokens=1, dtype=torch.float32,
@@ -34,10 +35,14 @@ def test_equals_attention_written_out(name: str, window: int | None, mix: str) -
     cache.keys.normal_()
     cache.values.normal_()
     free = random.Random(3).sample(range(1024), 1024)
-    spans, first = [], 0
+    spans, first, lowest = [], 0, 0
     for count, start in MIXES[mix]:
-        slots = torch.tensor([free.pop() for _ in range(start + count)])
-        spans.append(Span(first, count, start, slots))
+        if together:
+            run = slice(lowest, lowest := lowest + start + count)
+            spans.append(Span(first, count, start, torch.arange(run.start, run.stop), run))
+        else:
+            slots = torch.tensor([free.pop() for _ in range(start + count)])
+            spans.append(Span(first, count, start, slots))
         first += count
     query = torch.randn(HEADS, first, DIM)
     backend = make_backend(name)

@@ -52,6 +52,10 @@ def test_pages_are_always_accounted_for(page_tokens: int, actions: list[tuple[in
             slots = pool.slots(s, s.length).tolist()
             assert len(set(slots)) == s.length
             assert {slot // page_tokens for slot in slots} <= set(s.pages)
+            run = pool.run(s, s.length)
+            together = slots == list(range(slots[0], slots[0] + s.length)) if slots else False
+            assert (run is not None) == together
+            assert run is None or list(range(run.start, run.stop)) == slots
 
 
 def test_a_rollback_keeps_what_stays_and_zeroes_what_goes() -> None:

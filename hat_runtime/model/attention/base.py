@@ -21,6 +21,8 @@ class Span:
     """Position of the first new token, which is also the number of tokens already cached."""
     slots: torch.Tensor
     """int64 [start + count]: where the sequence's positions lie in the cache, the new ones included."""
+    run: slice | None = None
+    """The same as a slice, where they follow one another: read and written without gathering."""
 
     @property
     def total(self) -> int:
@@ -41,7 +43,25 @@ class AttentionBatch:
         """Only keys and values are wanted: the last layer can end when it has stored them."""
         self.new_slots = torch.cat([span.slots[span.start :] for span in spans])
         """int64 [T]: where the packed new tokens go."""
+        self._new_run = _new_run(spans)
         self.plan: Any = backend.prepare(spans, cache)
+        self.rotation: Any = None
+        """What packed layers prepare once per pass (packed_layer.py)."""
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the new tokens' keys and values, [kv_heads, T, head_dim] each, into a layer's cache."""
+        keys, values = self.cache.layers[layer]
+        for cached, new in ((keys, key), (values, value)):
+            if self._new_run is not None:
+                cached[self._new_run].copy_(new.transpose(0, 1))
+            else:
+                cached.index_copy_(0, self.new_slots, new.transpose(0, 1))
+
+
+def _new_run(spans: list[Span]) -> slice | None:
+    if len(spans) != 1 or (run := spans[0].run) is None:
+        return None
+    return slice(run.start + spans[0].start, run.stop)
 
 
 class AttentionBackend(ABC):

@@ -42,7 +42,10 @@ class _Plan:
 
 
 class SdpaAttention(AttentionBackend):
-    """Gathers the pages of each sequence and calls SDPA on it; all sequences that decode one token share a call."""
+    """Gathers the pages of each sequence, unless they lie together, and calls SDPA on it.
+
+    All sequences that decode one token share a call.
+    """
 
     name = "sdpa"
 
@@ -99,10 +102,9 @@ class SdpaAttention(AttentionBackend):
     ) -> torch.Tensor:
         """One sequence: query [heads, count, head_dim] -> [count, heads, head_dim]."""
         oldest = 0 if window is None else max(0, span.start - window + 1)
-        slots = span.slots[oldest:] if oldest else span.slots
         plain = span.start == 0 and span.count > 1 and (window is None or window >= span.count)
         mask = None if plain else _span_mask(plan, span, oldest, window, query)
-        k, v = (cached.index_select(0, slots).transpose(0, 1)[None] for cached in (keys, values))
+        k, v = (_of_span(cached, span, oldest).transpose(0, 1)[None] for cached in (keys, values))
         blocks = []
         size = span.count if mask is None else BLOCK_ROWS
         for first in range(0, span.count, size):
@@ -119,6 +121,13 @@ class SdpaAttention(AttentionBackend):
             )
             blocks.append(attended[0].transpose(0, 1))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _of_span(cached: torch.Tensor, span: Span, oldest: int) -> torch.Tensor:
+    """Keys or values of one sequence from position `oldest` on, [total - oldest, kv_heads, head_dim]."""
+    if span.run is not None:
+        return cached[span.run.start + oldest : span.run.stop]
+    return cached.index_select(0, span.slots[oldest:])
 
 
 def _decoding_mask(plan: _Plan, decoding: _Decoding, window: int | None, query: torch.Tensor) -> torch.Tensor:
