@@ -1,8 +1,9 @@
 """Real transformers layers, a range of them: the one module that depends on transformers' internals.
 
-No model code of our own: the architecture's own classes are built for the wanted layers only, and their attention is
-routed to the paged KV cache through transformers' AttentionInterface. The checkpoint goes through `from_pretrained`,
-so conversions that transformers applies while loading (fused experts, quantisation) happen here as well.
+No model code of our own (but for packed_layer.py, in bfloat16 on CPUs): the architecture's own classes are built for
+the wanted layers only, and their attention is routed to the paged KV cache through transformers' AttentionInterface.
+The checkpoint goes through `from_pretrained`, so conversions that transformers applies while loading (fused experts,
+quantisation) happen here as well.
 """
 
 from __future__ import annotations
