@@ -66,7 +66,7 @@ async def run(settings: Settings, home: Cluster, leader: Leader) -> None:
     asking = asyncio.create_task(telemetry.run(), name="telemetry")
     # Only a pass makes a watch, so the worker is there when one asks it for another pass.
     watches = EdgeWatches(lambda namespace, name: worker.request(namespace, name))
-    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry.figures, watches)
+    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry, watches)
     worker = Worker(reconciler, home, settings.namespaces, settings.resync_s, watches)
     try:
         await kopf.operator(

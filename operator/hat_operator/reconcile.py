@@ -6,7 +6,7 @@ A call may be cut off anywhere (the process may be killed): the next one, here o
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
 from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
 from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
-from hat_operator.figures import Figures, Pace
+from hat_operator.figures import Pace
 from hat_operator.kinds import HATDEPLOYMENT, NODE, POD
 from hat_operator.settings import Settings
 from hat_operator.sites import Sites
 from hat_operator.spec import ClusterRef, Edge, HatDeployment, SpecError
 from hat_operator.status import CloudSeen, EdgeSeen, Problem
+from hat_operator.telemetry import Telemetry
 from hat_operator.watches import EdgeWatches
 
 
@@ -44,12 +45,12 @@ class Reconciler:
         home: Cluster,
         edges: EdgeClusters,
         settings: Settings,
-        figures_of: Callable[[str, str], Mapping[str, Figures]] = lambda namespace, name: {},
+        telemetry: Telemetry | None = None,
         watches: EdgeWatches | None = None,
     ) -> None:
-        """Figures_of gives the newest figures of each device, by the HatDeployment's namespace and name."""
+        """Without telemetry the devices have no figures, and without watches other clusters are polled only."""
         self._home = home
-        self._figures_of = figures_of
+        self._telemetry = telemetry
         self._pace = Pace()
         self._edges = edges
         self._settings = settings
@@ -83,7 +84,7 @@ class Reconciler:
             await self._write_invalid(body, str(error))
             return None
         old = body.get("status", {})
-        edge, again_s = self._with_figures(hat, edge)
+        cloud, edge, again_s = self._with_figures(hat, cloud, edge)
         await self._write_status(body, status.new_status(hat, old, cloud, edge, events.rfc3339()))
         return again_s
 
@@ -232,13 +233,19 @@ class Reconciler:
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
         return EdgeSeen(fleet, updated, problem=problem)
 
-    def _with_figures(self, hat: HatDeployment, edge: EdgeSeen) -> tuple[EdgeSeen, float | None]:
+    def _with_figures(
+        self, hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen
+    ) -> tuple[CloudSeen, EdgeSeen, float | None]:
         """The devices' figures as they may be written now, and after how many seconds others may be."""
-        if edge.fleet is None:
-            return edge, None
+        if self._telemetry is None:
+            return cloud, edge, None
         key = hat.namespace, hat.name
-        rows, again_s = self._pace.rows(key, edge.fleet.rows, self._figures_of(*key), time.monotonic())
-        return replace(edge, fleet=replace(edge.fleet, rows=rows)), again_s
+        cloud = replace(cloud, metrics=self._telemetry.seen(*key))
+        if edge.fleet is None:
+            return cloud, edge, None
+        figures = self._telemetry.figures(*key)
+        rows, again_s = self._pace.rows(key, edge.fleet.rows, figures, time.monotonic())
+        return cloud, replace(edge, fleet=replace(edge.fleet, rows=rows)), again_s
 
     async def _write_invalid(self, body: Object, message: str) -> None:
         old, now = body.get("status", {}), events.rfc3339()

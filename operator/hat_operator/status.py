@@ -16,6 +16,7 @@ from hat_operator.spec import HatDeployment
 
 READY, CLOUD_READY, EDGE_READY = "Ready", "CloudReady", "EdgeReady"
 EDGE_REACHABLE, SPLIT_VALID, PROGRESSING = "EdgeClusterReachable", "ModelSplitValid", "Progressing"
+METRICS_AVAILABLE = "MetricsAvailable"
 _READY_NEEDS = (SPLIT_VALID, CLOUD_READY, EDGE_REACHABLE, EDGE_READY)
 _MESSAGE_MAX = 1024
 
@@ -38,6 +39,18 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class MetricsSeen:
+    """Whether the cloud's pods told what they know of the devices when they were last asked."""
+
+    pods: int = 0
+    """Ready pods that were asked."""
+    silent: int = 0
+    """Those of them that have not answered for a while."""
+    error: str = ""
+    """What one of the silent ones said instead."""
+
+
+@dataclass(frozen=True)
 class CloudSeen:
     """The cloud's side after a reconcile. Replicas and ready ones are those of the revision that serves."""
 
@@ -49,6 +62,7 @@ class CloudSeen:
     """Whether the wanted revision's Deployment has all its pods as the spec wants them."""
     endpoint: str | None = None
     problem: Problem | None = None
+    metrics: MetricsSeen = MetricsSeen()
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ def findings(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> dict[str, 
         if hat.spec.edge_cluster is not None:
             found[EDGE_REACHABLE] = _reachable(edge)
         found[EDGE_READY] = _edge(hat, cloud, edge)
+        found[METRICS_AVAILABLE] = _metrics(cloud.metrics)
     found[PROGRESSING] = _progressing(hat, cloud, edge)
     found[READY] = _ready(hat, found)
     return found
@@ -244,6 +259,17 @@ def _edge(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:
         return Finding("False", "WaitingForDevices" if waiting else "DevicesNotReady", text)
     # A device that is switched off is everyday life at the edge: it must not make the whole deployment unready.
     return Finding("True", "DevicesReady", text)
+
+
+def _metrics(seen: MetricsSeen) -> Finding:
+    if not seen.pods:
+        return Finding(
+            "Unknown", "NoReplicaAsked", "no replica of the cloud has been asked for its devices yet"
+        )
+    if seen.silent == seen.pods:
+        text = f"no replica of the cloud tells of its devices: {seen.error}"
+        return Finding("False", "ReplicasSilent", text)
+    return Finding("True", "ReplicasTell", "the cloud's replicas tell of their devices")
 
 
 def _progressing(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
@@ -17,6 +17,7 @@ from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.devices import is_ready
 from hat_operator.figures import Figures
 from hat_operator.kinds import POD
+from hat_operator.status import MetricsSeen
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 3.0
@@ -26,6 +27,8 @@ MAX_BYTES = 2 << 20
 MAX_ROWS = 4096
 STALE_S = 600.0
 """A device that no pod has heard for so long says nothing about now."""
+SILENT_S = 60.0
+"""A pod that has not answered for so long is silent; a request that is lost now and then is no news."""
 
 Key = tuple[str, str]
 _SELECTOR = names.selector_text(
@@ -41,6 +44,17 @@ class Report:
     contact: float
     """Monotonic seconds of this process: the age that the pod gave, taken from the time of its answer."""
     figures: Figures
+
+
+@dataclass(frozen=True)
+class _Pod:
+    """One pod and what it said last."""
+
+    answered: float
+    """Monotonic seconds of its last answer; of the first question while there is none."""
+    error: str = ""
+    """Why it did not answer the last time; empty if it did."""
+    reports: list[Report] = field(default_factory=list)
 
 
 class Telemetry:
@@ -59,12 +73,20 @@ class Telemetry:
         self._namespaces = namespaces
         self._url = url
         self._every_s = every_s
-        self._reports: dict[Key, dict[str, list[Report]]] = {}
-        """Of each HatDeployment, by pod: one that does not answer keeps what it said last."""
+        self._pods: dict[Key, dict[str, _Pod]] = {}
+        """Of each HatDeployment, by the pod's uid: one that does not answer keeps what it said last."""
 
     def figures(self, namespace: str, name: str) -> dict[str, Figures]:
         """The newest figures of each device of a HatDeployment."""
-        return newest(self._reports.get((namespace, name), {}).values(), time.monotonic())
+        pods = self._pods.get((namespace, name), {}).values()
+        return newest((pod.reports for pod in pods), time.monotonic())
+
+    def seen(self, namespace: str, name: str) -> MetricsSeen:
+        """Whether the pods of a HatDeployment answer."""
+        pods = self._pods.get((namespace, name), {}).values()
+        limit = time.monotonic() - SILENT_S
+        silent = [pod for pod in pods if pod.error and pod.answered < limit]
+        return MetricsSeen(len(pods), len(silent), min((pod.error for pod in silent), default=""))
 
     async def run(self) -> None:
         """Ask, round after round, until cancelled."""
@@ -91,17 +113,19 @@ class Telemetry:
             pods += [pod for pod in await self._home.list(POD, namespace, _SELECTOR) if is_ready(pod)]
         slots = asyncio.Semaphore(PARALLEL)
         answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
-        found: dict[Key, dict[str, list[Report]]] = {}
+        found: dict[Key, dict[str, _Pod]] = {}
         for pod, answer in zip(pods, answers, strict=True):
             key, uid = _owner(pod), pod["metadata"]["uid"]
-            if answer is None:
-                answer = self._reports.get(key, {}).get(uid, [])
+            if isinstance(answer, str):
+                before = self._pods.get(key, {}).get(uid, _Pod(time.monotonic()))
+                answer = replace(before, error=answer)
             found.setdefault(key, {})[uid] = answer
-        self._reports = found
+        self._pods = found
 
     async def _ask(
         self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Mapping[str, Any]
-    ) -> list[Report] | None:
+    ) -> _Pod | str:
+        """What the pod says, or why it says nothing."""
         meta = pod["metadata"]
         address = str(pod["status"].get("podIP", ""))
         host = f"[{address}]" if ":" in address else address
@@ -113,10 +137,11 @@ class Telemetry:
                 found = parse(await _body(response), time.monotonic())
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             metrics.DEVICE_POLLS.labels("failed").inc()
-            log.debug("%s: %s", url, error or type(error).__name__)
-            return None
+            why = str(error) or type(error).__name__
+            log.debug("%s: %s", url, why)
+            return f"{meta['name']}: {why}"
         metrics.DEVICE_POLLS.labels("ok").inc()
-        return found
+        return _Pod(time.monotonic(), reports=found)
 
 
 def parse(body: bytes, now: float) -> list[Report]:

@@ -116,6 +116,7 @@ class ControlPlane:
             use_service_account_credentials="true",
             leader_elect="false",
             secure_port=0,
+            horizontal_pod_autoscaler_sync_period="2s",
             node_monitor_grace_period=f"{self._node_grace_s}s",
         )
         core = kube.CoreV1Api(self.client())

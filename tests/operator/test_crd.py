@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from kubernetes import client as kube
 from tests.harness.controlplane import ControlPlane
 from tests.operator.conftest import ROOT
 from tests.operator.manifests import GROUP, PLURAL, REMOVED, VERSION, changed, hat_deployment, two_clusters
+from tests.operator.running import eventually
 from tests.operator.wrong_specs import WRONG
 
 EXAMPLES = sorted(
@@ -219,6 +221,22 @@ def test_scale_subresource(control_plane: ControlPlane, hats: Hats, namespace: s
     scale = json.loads(control_plane.kubectl("get", "--raw", path).stdout)
     assert scale["spec"] == {"replicas": 3}
     assert scale["status"] == {"replicas": 2, "selector": STATUS["cloud"]["selector"]}
+
+
+def test_an_autoscaler_drives_the_replicas(control_plane: ControlPlane, hats: Hats, namespace: str) -> None:
+    """Kubernetes' own controller, within its bounds: those it holds without a metrics API, which is not served here."""
+    live = hats.create(hat_deployment())
+    hats.replace_status({**live, "status": STATUS})
+    guide = (ROOT / "docs" / "kubernetes.md").read_text()
+    (text,) = (block for block in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL) if "Autoscaler" in block)
+    scaler = yaml.safe_load(text)
+    scaler["metadata"] = {"name": "chat"}
+    scaler["spec"] |= {"minReplicas": 3, "maxReplicas": 4}
+    scaler["spec"]["scaleTargetRef"]["name"] = "chat"
+    control_plane.kubectl("-n", namespace, "apply", "-f", "-", stdin=json.dumps(scaler))
+    eventually(lambda: hats.get()["spec"]["cloud"]["replicas"] == 3, "up to minReplicas")
+    hats.replace(changed(hats.get(), {"spec.cloud.replicas": 9}))
+    eventually(lambda: hats.get()["spec"]["cloud"]["replicas"] == 4, "down to maxReplicas")
 
 
 def test_status_is_kept_whole(hats: Hats) -> None:

@@ -79,7 +79,7 @@ def test_images_that_are_built_are_those_that_are_asked_for() -> None:
 def manifests() -> list[str]:
     """The guide's HatDeployments; the first is whole, others are parts of a spec."""
     return [
-        block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S) if "HatDeployment" in block
+        block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S) if "\nkind: HatDeployment\n" in block
     ]
 
 
@@ -89,7 +89,7 @@ def test_hat_deployments() -> None:
         assert render(text).cloud
     whole = yaml.safe_load(manifests()[0])
     parts = [
-        block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S) if "HatDeployment" not in block
+        block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S) if "apiVersion:" not in block
     ]
     assert parts
     for part in parts:

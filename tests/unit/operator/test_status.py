@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hat_operator import status
 from hat_operator.devices import MAX_ROWS, fleet, revisions_in_use
 from hat_operator.spec import HatDeployment
-from hat_operator.status import CloudSeen, EdgeSeen, Problem
+from hat_operator.status import CloudSeen, EdgeSeen, MetricsSeen, Problem
 from tests.unit.operator.bodies import body
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z"
@@ -91,15 +92,26 @@ def test_old_revisions_are_in_use_on_devices_that_answer() -> None:
 
 def test_all_ready() -> None:
     seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
-    found = status.findings(hat(), CLOUD, seen)
+    found = status.findings(hat(), replace(CLOUD, metrics=MetricsSeen(pods=2, silent=1)), seen)
     assert {name: finding.status for name, finding in found.items()} == {
         "Ready": "True",
         "CloudReady": "True",
         "EdgeReady": "True",
         "EdgeClusterReachable": "True",
         "ModelSplitValid": "True",
+        "MetricsAvailable": "True",
         "Progressing": "False",
     }
+
+
+def test_missing_metrics_leave_it_ready() -> None:
+    seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
+    found = status.findings(hat(), CLOUD, seen)
+    assert (found["MetricsAvailable"].status, found["Ready"].status) == ("Unknown", "True")
+    silent = replace(CLOUD, metrics=MetricsSeen(2, 2, "pod-1: status 404"))
+    found = status.findings(hat(), silent, seen)
+    assert (found["MetricsAvailable"].status, found["Ready"].status) == ("False", "True")
+    assert "pod-1: status 404" in found["MetricsAvailable"].message
 
 
 def test_ready_takes_the_first_failures_reason() -> None:

@@ -15,6 +15,7 @@ from aiohttp import web
 from hat_operator import metrics
 from hat_operator.cluster import ClusterError
 from hat_operator.settings import Settings
+from hat_operator.status import MetricsSeen
 from hat_operator.telemetry import STALE_S, Telemetry, newest, parse
 from hat_runtime.errors import UsageError
 
@@ -137,6 +138,25 @@ async def test_ready_pods_are_asked_and_one_that_does_not_answer_costs_its_timeo
         api.pods = [pod for pod in api.pods if pod["metadata"]["name"] != "two"]
         await telemetry.ask_all(session)
         assert telemetry.figures("team-a", "chat") == {"a": {"chunkSize": 64}}
+
+
+async def test_pods_that_do_not_answer_for_a_while_are_silent(
+    cloud: CloudPods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = Pods()
+    for name in ("one", "two"):
+        api.add(name)
+    cloud.replies["one"] = web.Response(body=answer())
+    telemetry = Telemetry(api, ["team-a"], cloud.url, 60.0)  # type: ignore[arg-type]
+    assert telemetry.seen("team-a", "chat") == MetricsSeen()
+    async with aiohttp.ClientSession() as session:
+        await telemetry.ask_all(session)
+        assert telemetry.seen("team-a", "chat") == MetricsSeen(2, 0)
+        monkeypatch.setattr("hat_operator.telemetry.SILENT_S", 0.0)
+        assert telemetry.seen("team-a", "chat") == MetricsSeen(2, 1, "two: status 404")
+        del cloud.replies["one"]
+        await telemetry.ask_all(session)
+        assert telemetry.seen("team-a", "chat") == MetricsSeen(2, 2, "one: status 404")
 
 
 async def test_rounds_go_on_when_the_api_is_away(cloud: CloudPods) -> None:
