@@ -79,7 +79,9 @@ def test_images_that_are_built_are_those_that_are_asked_for() -> None:
 def manifests() -> list[str]:
     """The guide's HatDeployments; the first is whole, others are parts of a spec."""
     return [
-        block for block in re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S) if "\nkind: HatDeployment\n" in block
+        block
+        for block in re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S)
+        if "\nkind: HatDeployment\n" in block
     ]
 
 
