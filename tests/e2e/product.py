@@ -56,7 +56,7 @@ class Product:
             self.cloud.kubectl("create", "namespace", namespace)
             self.cloud.kubectl("label", "namespace", namespace, _RESTRICTED)
         self.edge.kubectl("apply", "-f", str(SITE))
-        secret = f"--from-literal=kubeconfig={json.dumps(self._site_kubeconfig())}"
+        secret = f"--from-literal=kubeconfig={json.dumps(self.site_kubeconfig())}"
         self.cloud.kubectl("-n", TEAM, "create", "secret", "generic", KUBECONFIG_SECRET, secret)
 
     def install(self, *settings: str) -> None:
@@ -221,7 +221,7 @@ class Product:
         gone = ("-n", TEAM, "get", "hat", name)
         self.wait(f"{name} is deleted", lambda: self.cloud.kubectl(*gone, check=False).returncode, timeout_s)
 
-    def _site_kubeconfig(self) -> dict[str, Any]:
+    def site_kubeconfig(self) -> dict[str, Any]:
         """As in docs/kubernetes.md: address, authority and token of the site's account."""
 
         def data() -> dict[str, str] | None:

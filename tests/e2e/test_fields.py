@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 
 from tests.e2e.product import REGISTRY, SITE_NAMESPACE, TEAM, Product, RequestError
 from tests.harness.cluster import Cluster
+from tests.operator.manifests import hat_deployment
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.default_model, pytest.mark.long]
 NAME = "tuned"
@@ -20,6 +22,8 @@ MODEL = "house-model"
 KEY = uuid.uuid4().hex
 LAYERS = 4
 MEMORY = 3000 * 2**20
+NODE_PORT = 31070
+OTHER_IMAGE = f"{REGISTRY}/hat-edge:0.1.0"
 QUESTION = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2, "model": MODEL}
 TEMPLATE = {
     "labels": {"example.com/team": "a"},
@@ -35,10 +39,14 @@ CHANGES: dict[str, Any] = {
     "spec.split.inputLayers": LAYERS,
     "spec.runtime": {"version": "0.1.1"},
     "spec.cloud.image": f"{REGISTRY}/hat-cloud:0.1.0",
+    "spec.cloud.expose.port": 7171,
+    "spec.cloud.expose.nodePort": NODE_PORT,
     "spec.cloud.maxSessions": 7,
     "spec.cloud.resources": RESOURCES,
     "spec.cloud.template": TEMPLATE,
     "spec.edge.weights": {"claim": {"name": "weights", "path": "part"}},
+    "spec.edge.clusterRef.kubeconfigSecretRef": {"name": "sites", "context": "site"},
+    "spec.edge.images": [{"name": "pc", "arch": "amd64"}, {"name": "orin", "l4t": "r36.4"}],
     "spec.edge.runtimeClassName": "nvidia",
     "spec.edge.resources": RESOURCES,
     "spec.edge.template": TEMPLATE,
@@ -68,6 +76,12 @@ def tuned(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         cluster.kubectl("label", "node", cluster.node.name, "example.com/rack=7")
         cluster.kubectl("create", "priorityclass", "precious", "--value=1000")
         cluster.kubectl("-n", namespace, "create", "secret", "generic", "registry")
+    sites = product.site_kubeconfig()
+    sites["clusters"].append({"name": "gone", "cluster": {"server": "https://192.0.2.1"}})
+    sites["contexts"].append({"name": "gone", "context": {"cluster": "gone", "user": "hat-operator"}})
+    sites["current-context"] = "gone"
+    secret = f"--from-literal=kubeconfig={json.dumps(sites)}"
+    product.cloud.kubectl("-n", TEAM, "create", "secret", "generic", "sites", secret)
     runtime_class = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "runc"}
     _create(product.edge, "", {**runtime_class, "metadata": {"name": "nvidia"}})
     keys = ("create", "secret", "generic", "api-keys", f"--from-literal=list={KEY}")
@@ -140,6 +154,30 @@ def test_images_and_version(tuned: Product) -> None:
     cloud, device = pods(tuned)
     assert cloud["spec"]["containers"][0]["image"] == f"{REGISTRY}/hat-cloud:0.1.0"
     assert device["spec"]["containers"][0]["image"] == f"{REGISTRY}/hat-edge:0.1.1"
+
+
+def test_images_by_kind_of_device(tuned: Product) -> None:
+    """One DaemonSet for each; the node is no Jetson. An image of its own comes to the devices of its kind."""
+    label = f"hat.dev/deployment={NAME}"
+    found = tuned.objects(tuned.edge, SITE_NAMESPACE, "daemonsets", label)
+    wanted = {item["metadata"]["name"]: item["status"]["desiredNumberScheduled"] for item in found}
+    assert wanted == {f"{NAME}-edge-pc": 1, f"{NAME}-edge-orin": 0}
+    tuned.patch(NAME, {"edge": {"images": [{"name": "pc", "arch": "amd64", "image": OTHER_IMAGE}]}})
+    tuned.wait_ready(NAME, 300)
+    _, device = pods(tuned)
+    assert device["spec"]["containers"][0]["image"] == OTHER_IMAGE
+    (left,) = tuned.objects(tuned.edge, SITE_NAMESPACE, "daemonsets", label)
+    assert left["metadata"]["name"] == f"{NAME}-edge-pc"
+
+
+def test_expose_port_and_node_port(tuned: Product) -> None:
+    """The device's process dials the node port, and answers: see the API's test."""
+    service = tuned.get(tuned.cloud, TEAM, "service", f"{NAME}-cloud")
+    (port,) = service["spec"]["ports"]
+    assert (port["port"], port["nodePort"]) == (7171, NODE_PORT)
+    _, device = pods(tuned)
+    told = command_line(tuned, tuned.edge, device)
+    assert told[told.index("--cloud") + 1] == f"{tuned.cloud.address}:{NODE_PORT}"
 
 
 def test_template(tuned: Product) -> None:
@@ -226,3 +264,31 @@ def test_suspend(tuned: Product) -> None:
         tuned.wait(f"no pod in {cluster.name}", lambda left=left: not left(), 90)  # type: ignore[misc]
     tuned.patch(NAME, {"suspend": False})
     tuned.wait_ready(NAME, 300)
+
+
+def test_hub_revision_and_token(product: Product) -> None:
+    """A replica waits for the token's Secret, and then asks the hub, which cannot be reached here, for the revision."""
+    model = {
+        "source": {"hub": "example/none"},
+        "revision": "v2",
+        "tokenSecretRef": {"name": "hub", "key": "token"},
+    }
+    product.apply(hat_deployment("gated", model=model))
+    try:
+        of_pod = partial(product.objects, product.cloud, TEAM, "pods", "hat.dev/deployment=gated")
+        product.wait("a pod", of_pod, 60)
+        time.sleep(5)
+        (pod,) = of_pod()
+        assert "startedAt" not in json.dumps(pod["status"]), "it runs without its Secret"
+        product.cloud.kubectl("-n", TEAM, "create", "secret", "generic", "hub", "--from-literal=token=hf_x")
+        name = pod["metadata"]["name"]
+        logs = ("-n", TEAM, "logs", "-c", "prepare", name)
+
+        def log() -> str:
+            return product.cloud.kubectl(*logs, check=False).stdout
+
+        product.wait(
+            "the log names model and revision", lambda: "example/none" in log() and "v2" in log(), 200
+        )
+    finally:
+        product.delete("gated")
