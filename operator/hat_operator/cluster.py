@@ -90,8 +90,10 @@ class Cluster:
                 return None
             raise
 
-    async def list(self, kind: Kind, namespace: str | None = None, selector: str = "") -> list[Object]:
-        """All objects with these labels, in a namespace or in all.
+    async def list(
+        self, kind: Kind, namespace: str | None = None, selector: str = "", *, fields: str = ""
+    ) -> list[Object]:
+        """All objects with these labels and fields, in a namespace or in all.
 
         Raises:
             ClusterError: see there.
@@ -103,6 +105,7 @@ class Cluster:
                 "get",
                 kind.path(namespace),
                 label_selector=selector or None,
+                field_selector=fields or None,
                 limit=PAGE,
                 _continue=following,
             )

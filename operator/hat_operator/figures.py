@@ -13,7 +13,9 @@ from typing import Any
 CHANGE = 0.2
 """A figure is written when it differs by at least this part of the one that is shown."""
 EVERY_S = 30.0
-"""Shortest time between two such writes to one HatDeployment."""
+"""Shortest time between two such writes to one HatDeployment, as the API server sees them."""
+LATENESS_S = 1.0
+"""By how much the time from decision to write may differ."""
 NAMES = ("chunkSize", "uplinkMbps", "acceptance")
 
 Figures = Mapping[str, float]
@@ -56,7 +58,7 @@ class Pace:
     predecessor has just written. A write that fails counts too: it may have reached the API all the same.
     """
 
-    def __init__(self, every_s: float = EVERY_S) -> None:
+    def __init__(self, every_s: float = EVERY_S + LATENESS_S) -> None:
         self._every_s = every_s
         self._since: dict[tuple[str, str], float] = {}
 

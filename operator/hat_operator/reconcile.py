@@ -34,6 +34,8 @@ class _Site:
     """None: there are no devices, or they cannot be reached."""
     pods: list[Object] | None = None
     nodes: list[Object] | None = None
+    refused: str | None = None
+    """Why a device has no pod, where its DaemonSet could not create one."""
     away: Problem | None = None
 
 
@@ -167,6 +169,8 @@ class Reconciler:
             site = _Site(children)
             site.pods = await _list_pods(children.cluster, hat)
             site.nodes = await _list_nodes(children.cluster, edge)
+            for daemonset in filter(rollout.daemonset_lacks_pods, children.daemonsets()):
+                site.refused = site.refused or await events.why_no_pods(children.cluster, daemonset)
         except EdgeUnreachable as error:
             return _Site(away=Problem(error.reason, str(error)))
         except ClusterError as error:
@@ -231,7 +235,7 @@ class Reconciler:
         if site.pods is not None:
             rows = body.get("status", {}).get("devices", ())
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
-        return EdgeSeen(fleet, updated, problem=problem)
+        return EdgeSeen(fleet, updated, problem=problem, refused=site.refused)
 
     def _with_figures(
         self, hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen
@@ -273,6 +277,7 @@ def _cloud_seen(cloud: Children, seen: CloudSeen) -> CloudSeen:
         replicas=0 if serving is None else int(serving.get("status", {}).get("replicas") or 0),
         ready=rollout.ready_replicas(serving),
         updated=wanted is not None and rollout.deployment_done(wanted),
+        refused=rollout.refusal(wanted),
     )
 
 

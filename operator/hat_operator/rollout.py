@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,22 @@ def daemonset_done(daemonset: Object) -> bool:
         status.get("observedGeneration", 0) >= daemonset["metadata"].get("generation", 0)
         and status.get("updatedNumberScheduled", 0) >= status.get("desiredNumberScheduled", 0)
     )
+
+
+def daemonset_lacks_pods(daemonset: Object) -> bool:
+    """Whether a device that should have a pod has none, not even one that starts."""
+    status = daemonset.get("status", {})
+    return bool(status.get("currentNumberScheduled", 0) < status.get("desiredNumberScheduled", 0))
+
+
+def refusal(deployment: Object | None) -> str | None:
+    """Why the API server did not take the Deployment's pods, as its controller says."""
+    conditions = () if deployment is None else deployment.get("status", {}).get("conditions", ())
+    for condition in conditions:
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            # Without the pod's name, which is another one at each try.
+            return re.sub(r'^pods "[^"]*" ', "", str(condition["message"]))
+    return None
 
 
 def ready_replicas(deployment: Object | None) -> int:

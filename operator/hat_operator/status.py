@@ -62,6 +62,8 @@ class CloudSeen:
     """Whether the wanted revision's Deployment has all its pods as the spec wants them."""
     endpoint: str | None = None
     problem: Problem | None = None
+    refused: str | None = None
+    """Why the API server does not take the wanted revision's pods."""
     metrics: MetricsSeen = MetricsSeen()
 
 
@@ -74,6 +76,8 @@ class EdgeSeen:
     """Whether every DaemonSet has rolled out to each of its devices."""
     unreachable: Problem | None = None
     problem: Problem | None = None
+    refused: str | None = None
+    """Why the API server does not take a device's pod."""
 
 
 def model_text(hat: HatDeployment) -> str:
@@ -179,7 +183,8 @@ def merge_patch(old: Any, new: Mapping[str, Any]) -> dict[str, Any]:
 def changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """(type, reason, message) of an event for each condition whose status or reason has changed.
 
-    Warning where a condition, having held, does not hold any more, or something went wrong; else Normal.
+    Warning where a condition, having held, does not hold any more, or something went wrong; else Normal. Where a new
+    HatDeployment starts is no event: its conditions say so, and many that come at once should cost little.
     """
     before = {condition["type"]: condition for condition in old}
     found = []
@@ -194,6 +199,8 @@ def changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
         lost = lost and condition["reason"] != "NotLoadedYet"
         bad = condition["reason"] not in _EXPECTED and condition["status"] == "False"
         warning = condition["type"] != PROGRESSING and (lost or bad) and condition["reason"] != "Suspended"
+        if not (last or warning or condition["status"] == "True"):
+            continue
         text = f"{condition['type']} is {condition['status']}: {condition['message']}"
         found.append(("Warning" if warning else "Normal", condition["reason"], text))
     return found
@@ -224,6 +231,8 @@ def _cloud(hat: HatDeployment, cloud: CloudSeen) -> Finding:
     if wanted == 0:
         return Finding("False", "ScaledToZero", "spec.cloud.replicas is 0")
     counts = f"{cloud.ready} of {wanted} replicas are ready"
+    if cloud.refused is not None and cloud.ready < wanted:
+        return Finding("False", "PodsRefused", f"{counts}; the API server refuses others: {cloud.refused}")
     if cloud.ready < wanted:
         return Finding("False", "WaitingForReplicas", counts)
     if cloud.endpoint is None:
@@ -247,11 +256,13 @@ def _edge(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:
     if edge.fleet is None:
         return Finding("Unknown", "DevicesUnknown", "the devices could not be read")
     fleet = edge.fleet
-    if not fleet.wanted:
-        return Finding("False", "NoDevices", "no node has the labels of edge.deviceSelector")
     text = f"{fleet.ready} of {fleet.wanted} devices are ready" + (
         f", {fleet.lost} lost" if fleet.lost else ""
     )
+    if edge.refused is not None:
+        return Finding("False", "PodsRefused", f"{text}; the API server refuses a pod: {edge.refused}")
+    if not fleet.wanted:
+        return Finding("False", "NoDevices", "no node has the labels of edge.deviceSelector")
     if fleet.lost == fleet.wanted:
         return Finding("False", "DevicesLost", text)
     if fleet.ready + fleet.lost < fleet.wanted:

@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 Key = tuple[str, str]
 PARALLEL = 8
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-FLOOR_S = 0.2
+FLOOR_S = 1.0
 """Shortest time between the begins of two passes: children report each of their replicas."""
+SPREAD = 0.5
+"""Over this part of the time between two resyncs its passes are asked for; all at once would wait for each other."""
 
 
 class Worker:
@@ -117,25 +119,26 @@ class Worker:
 
     async def _resync_forever(self) -> None:
         while True:
+            begin = time.monotonic()
             try:
                 await self._resync()
             except ClusterError as error:
                 log.error("resync: %s: %s", error.reason, error)
-            await asyncio.sleep(self._resync_s)
+            await asyncio.sleep(max(0.0, self._resync_s - (time.monotonic() - begin)))
 
     async def _resync(self) -> None:
         ready: Counter[str] = Counter({"True": 0, "False": 0, "Unknown": 0})
-        gone = set(self._watches.users)
+        gone, found = set(self._watches.users), []
         for namespace in self._namespaces or (None,):
             for body in await self._home.list(HATDEPLOYMENT, namespace):
-                key = (body["metadata"]["namespace"], body["metadata"]["name"])
-                gone.discard(key)
-                self.request(*key)
-                found = body.get("status", {}).get("conditions", ())
-                ready[next((item["status"] for item in found if item["type"] == "Ready"), "Unknown")] += 1
-        for key in gone:
-            self.request(*key)
+                found.append((body["metadata"]["namespace"], body["metadata"]["name"]))
+                stated = body.get("status", {}).get("conditions", ())
+                ready[next((item["status"] for item in stated if item["type"] == "Ready"), "Unknown")] += 1
         for value, count in ready.items():
             metrics.HATDEPLOYMENTS.labels(value).set(count)
         self.last_resync = time.monotonic()
         metrics.LAST_RESYNC.set_to_current_time()
+        due = [*found, *gone.difference(found)]
+        for key in due:
+            self.request(*key)
+            await asyncio.sleep(SPREAD * self._resync_s / len(due))

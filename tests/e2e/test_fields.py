@@ -251,7 +251,9 @@ def test_host_port_is_refused_by_restricted_pod_security(tuned: Product) -> None
     """The field's text says so; the condition names the reason."""
     tuned.patch(NAME, {"edge": {"api": {"hostPort": 8000}}})
     try:
-        tuned.wait("a condition tells of it", lambda: "hostPort" in json.dumps(tuned.hat(NAME)["status"]), 90)
+        reason = ("False", "PodsRefused")
+        tuned.wait("a condition tells of it", lambda: tuned.condition(NAME, "EdgeReady") == reason, 90)
+        assert "hostPort" in json.dumps(tuned.hat(NAME)["status"]["conditions"])
     finally:
         tuned.patch(NAME, {"edge": {"api": {"hostPort": 0}}})
     tuned.wait_ready(NAME, 300)

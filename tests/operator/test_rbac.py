@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "examples" / "hat-site.yaml"
 SITE_NAMESPACE = "hat"
 SITE_USER = f"system:serviceaccount:{SITE_NAMESPACE}:hat-operator"
+POD_SECURITY = "pod-security.kubernetes.io/enforce"
+DEVICE = {"name": "device", "labels": {"hat.dev/device": "true"}}
 NODES = Right("", "nodes", "list")
 OWNERS = Right("hat.dev", "hatdeployments/finalizers", "update")
 """The apiserver asks for this one inside other requests, so that no audit log shows it."""
@@ -209,6 +212,17 @@ def live(lived: Lived, edge: ControlPlane, site: Path, folder: Path) -> None:
     at_site = near[1:]
     for kind in at_site:
         eventually(lambda kind=kind: count(edge, SITE_NAMESPACE, kind, "far") > 0, f"far's {kind}")  # type: ignore[misc]
+    for plane, namespace, name in ((home, served, "near"), (edge, SITE_NAMESPACE, "far")):
+        plane.kubectl("label", "namespace", namespace, f"{POD_SECURITY}=restricted", "--overwrite")
+        apply(plane, folder, {"apiVersion": "v1", "kind": "Node", "metadata": DEVICE})
+        ready = json.dumps({"status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+        plane.kubectl("patch", "node", DEVICE["name"], "--subresource=status", "--type=merge", "-p", ready)
+        patch(home, served, name, {"edge": {"api": {"hostPort": 8000}}})
+        told = partial(why_not_ready, home, served, name)
+        eventually(lambda told=told: "hostPort" in told(), f"{name}'s condition tells why")  # type: ignore[misc]
+        patch(home, served, name, {"edge": {"api": {"hostPort": 0}}})
+        plane.kubectl("delete", "node", DEVICE["name"])
+        plane.kubectl("label", "namespace", namespace, f"{POD_SECURITY}-")
     resources = {"requests": {"cpu": "700m", "memory": "1Gi"}}
     for name in ("near", "far"):
         patch(
@@ -229,6 +243,13 @@ def live(lived: Lived, edge: ControlPlane, site: Path, folder: Path) -> None:
     home.kubectl("-n", served, "delete", "hatdeployment", "near", "far", "--timeout=60s")
     for kind in at_site:
         assert count(edge, SITE_NAMESPACE, kind, "far") == 0
+
+
+def why_not_ready(home: ControlPlane, namespace: str, name: str) -> str:
+    """The message of EdgeReady."""
+    body = json.loads(home.kubectl("-n", namespace, "get", "hat", name, "-o", "json").stdout)
+    conditions = body.get("status", {}).get("conditions", ())
+    return next((item["message"] for item in conditions if item["type"] == "EdgeReady"), "")
 
 
 def count(plane: ControlPlane, namespace: str, kind: str, name: str) -> int:

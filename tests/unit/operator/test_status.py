@@ -132,6 +132,16 @@ def test_a_lost_device_does_not_make_the_rest_unready() -> None:
     assert (all_lost["EdgeReady"].status, all_lost["EdgeReady"].reason) == ("False", "DevicesLost")
 
 
+def test_pods_that_the_api_refuses_are_named_with_the_reason() -> None:
+    cloud = CloudSeen("aaaa", None, replicas=1, refused="is forbidden: exceeded quota")
+    seen = EdgeSeen(fleet([], [node("a")], [], NOW), refused="is forbidden: hostPort")
+    found = status.findings(hat(), cloud, seen)
+    assert (found["CloudReady"].status, found["CloudReady"].reason) == ("False", "PodsRefused")
+    assert "exceeded quota" in found["CloudReady"].message
+    assert (found["EdgeReady"].status, found["EdgeReady"].reason) == ("False", "PodsRefused")
+    assert "hostPort" in found["EdgeReady"].message
+
+
 def test_blue_green_is_progress_while_the_old_one_serves() -> None:
     seen = CloudSeen("bbbb", "aaaa", replicas=1, ready=1, endpoint="h:1", updated=False)
     found = status.findings(hat(remote=False), seen, EdgeSeen(fleet([pod("a")], [node("a")], [], NOW)))
