@@ -31,13 +31,16 @@ KUBECONFIG_SECRET = "site-a"
 OPERATOR = "hat-hat-operator"
 _RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 _CLIENT = """
-import json, sys, urllib.request
+import json, sys, urllib.error, urllib.request
 request = json.load(sys.stdin)
 body = json.dumps(request["body"]).encode() if request["body"] is not None else None
 headers = {"Content-Type": "application/json", **request["headers"]}
 asked = urllib.request.Request(request["url"], body, headers)
-with urllib.request.urlopen(asked, timeout=request["timeout"]) as answer:
-    print(answer.read().decode())
+try:
+    with urllib.request.urlopen(asked, timeout=request["timeout"]) as answer:
+        print(answer.read().decode())
+except urllib.error.HTTPError as error:
+    sys.exit(f"{error} {error.read().decode()}")
 """
 
 

@@ -268,29 +268,27 @@ def test_suspend(tuned: Product) -> None:
     tuned.wait_ready(NAME, 300)
 
 
-def test_hub_revision_and_token(product: Product) -> None:
+def test_hub_revision_and_token(tuned: Product) -> None:
     """A replica waits for the token's Secret, and then asks the hub, which cannot be reached here, for the revision."""
     model = {
         "source": {"hub": "example/none"},
         "revision": "v2",
         "tokenSecretRef": {"name": "hub", "key": "token"},
     }
-    product.apply(hat_deployment("gated", model=model))
+    tuned.apply(hat_deployment("gated", model=model, cloud={"resources": RESOURCES, "template": TEMPLATE}))
     try:
-        of_pod = partial(product.objects, product.cloud, TEAM, "pods", "hat.dev/deployment=gated")
-        product.wait("a pod", of_pod, 60)
+        of_pod = partial(tuned.objects, tuned.cloud, TEAM, "pods", "hat.dev/deployment=gated")
+        tuned.wait("a pod", of_pod, 60)
         time.sleep(5)
         (pod,) = of_pod()
         assert "startedAt" not in json.dumps(pod["status"]), "it runs without its Secret"
-        product.cloud.kubectl("-n", TEAM, "create", "secret", "generic", "hub", "--from-literal=token=hf_x")
+        tuned.cloud.kubectl("-n", TEAM, "create", "secret", "generic", "hub", "--from-literal=token=hf_x")
         name = pod["metadata"]["name"]
         logs = ("-n", TEAM, "logs", "-c", "prepare", name)
 
         def log() -> str:
-            return product.cloud.kubectl(*logs, check=False).stdout
+            return tuned.cloud.kubectl(*logs, check=False).stdout
 
-        product.wait(
-            "the log names model and revision", lambda: "example/none" in log() and "v2" in log(), 200
-        )
+        tuned.wait("the log names model and revision", lambda: "example/none" in log() and "v2" in log(), 200)
     finally:
-        product.delete("gated")
+        tuned.delete("gated")

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.timeout(1200), pytest.mark.default_model, pytest.mark.
 NAME, OTHER = "rolling", "resting"
 SMALL = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
 RETRY_S = 240.0
+ASK_AGAIN = ("Connection refused", "No route to host", '"code":"shutting_down"')
+"""Signs of a request that no device has accepted; the last one is an answer with status 503 and Retry-After."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def rolling(product: Product) -> Iterator[Product]:
 def traffic(product: Product) -> Iterator[list[str]]:
     """Clients that ask the device all the time; the list fills with requests that were accepted and not answered.
 
-    A device whose pod is just being replaced refuses connections: clients then ask again, as HTTP clients do.
+    A device whose pod is just being replaced refuses new requests: clients ask again, as OpenAI's clients do.
     """
     lost: list[str] = []
     answered = [0]
@@ -51,7 +53,7 @@ def traffic(product: Product) -> Iterator[list[str]]:
                     answered[0] += 1
                     break
                 except RequestError as error:
-                    if "refused" not in str(error) and "No route" not in str(error):
+                    if not any(sign in str(error) for sign in ASK_AGAIN):
                         lost.append(str(error))
                         break
                     if time.monotonic() > deadline:

@@ -73,7 +73,7 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
         {"name": "grpc", "containerPort": names.GRPC_PORT, "protocol": "TCP"},
         {"name": "http", "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
     ]
-    main.update(pods.probes())
+    main.update(pods.life())
     spec = pods.pod_spec(hat, names.cloud(hat), main, files, [], cloud.template)
     if cloud.template.node_selector:
         spec["nodeSelector"] = dict(cloud.template.node_selector)

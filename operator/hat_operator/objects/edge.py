@@ -89,7 +89,7 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}", "--chunk-tokens", str(hat.spec.chunk_tokens)]
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
     args += ["--model-name", edge.api.model_name or hat.name]
-    args += ["--log-format", "json", "--log-level", hat.spec.log_level]
+    args += ["--grace", str(pods.ANSWER_S), "--log-format", "json", "--log-level", hat.spec.log_level]
     mounts, volumes = list(files.mounts), []
     if edge.api.keys is not None:
         volumes.append(pods.secret_volume("keys", edge.api.keys, edge.api.keys.key))
@@ -117,7 +117,7 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     if edge.api.host_port:
         port["hostPort"] = edge.api.host_port
     main["ports"] = [port]
-    main.update(pods.probes())
+    main.update(pods.life())
     spec = pods.pod_spec(hat, names.edge(hat), main, files, volumes, edge.template)
     # A device is away at times; its pod must wait for it and not be thrown off the node.
     forever = {"operator": "Exists", "effect": "NoExecute"}

@@ -20,6 +20,10 @@ PREPARED_FOLDER = f"{MODEL_FOLDER}/part"
 TOKEN_FOLDER = "/secrets/hub"
 START_S = 1800
 """A large model's weights may take this long from a slow volume to memory."""
+LEAVE_S = 5
+"""A pod that is to end still serves so long: until every node's Service leads clients elsewhere."""
+ANSWER_S = 60
+"""Answers that a device has begun may take so long after that."""
 GPU = "nvidia.com/gpu"
 
 CONTAINER_SECURITY = {
@@ -144,14 +148,16 @@ def container(
     }
 
 
-def probes() -> dict[str, Any]:
-    """Start and readiness by /readyz, life by /healthz, on the port named http."""
+def life() -> dict[str, Any]:
+    """Start and readiness by /readyz, life by /healthz, on the port named http; and a pause before the end."""
     ready = {"httpGet": {"path": "/readyz", "port": "http"}, "timeoutSeconds": 5}
     alive = {"httpGet": {"path": "/healthz", "port": "http"}, "timeoutSeconds": 5}
     return {
         "startupProbe": {**ready, "periodSeconds": 5, "failureThreshold": START_S // 5},
         "readinessProbe": {**ready, "periodSeconds": 5, "failureThreshold": 3},
         "livenessProbe": {**alive, "periodSeconds": 10, "failureThreshold": 6},
+        # A command and not the action `sleep`, which Kubernetes 1.29 does not have.
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(LEAVE_S)]}}},
     }
 
 
@@ -198,7 +204,7 @@ def pod_spec(
         "serviceAccountName": service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 30,
+        "terminationGracePeriodSeconds": LEAVE_S + ANSWER_S + 10,
         "securityContext": security,
         "containers": [main],
         "volumes": [*files.volumes, *volumes, {"name": "tmp", "emptyDir": {}}],
