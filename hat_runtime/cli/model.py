@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from hat_runtime.cli.command import Command
+from hat_runtime.cli.processes import exits_on_sigterm
 from hat_runtime.cli.progress import ProgressBar
 
 _PREPARE = """\
@@ -66,7 +67,8 @@ def _run_prepare(args: argparse.Namespace) -> int:
     from hat_runtime.model.manifest import Manifest
     from hat_runtime.model.prepare import prepare
 
-    with ProgressBar() as progress:
+    # As the first process of a container it would otherwise not end by SIGTERM.
+    with exits_on_sigterm(), ProgressBar() as progress:
         folder = prepare(args.source, args.out, args.part, args.input_layers, args.dtype, progress)
     _print(folder, Manifest.load(folder), args.json)
     return 0

@@ -9,6 +9,7 @@ for random rows; any other keeps transformers' code.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from hat_runtime.model.attention import AttentionBackend, AttentionBatch, Span
 from hat_runtime.model.packed import GATED, PackedGatedMLP, PackedLinear, is_gated_mlp
 from hat_runtime.model.pages import KvCache
 
+log = logging.getLogger(__name__)
 Attend = Callable[..., tuple[torch.Tensor, None]]
 """transformers' attention function over the paged cache (hf.py)."""
 
@@ -159,15 +161,17 @@ def _checked(model: Any, layer: Any, attend: Attend) -> PackedLayer | None:
         device=weight.device,
     )
     noise = torch.randn(1, rows, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    hidden = noise.to(weight.dtype)
+    hidden = (noise / 16).to(weight.dtype)
     embeddings = model.rotary_emb(hidden, torch.arange(rows)[None])
     look = _Look()
 
     def run(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
         batch = AttentionBatch(look, cache, [Span(0, rows, 0, torch.arange(rows))])
-        out = module(hidden, position_embeddings=embeddings, attention_mask=None, hat=batch)
         keys, values = cache.layers[attention.layer_idx]
-        return out, keys.clone(), values.clone()
+        keys.zero_(), values.zero_()
+        out = module(hidden, position_embeddings=embeddings, attention_mask=None, hat=batch)
+        # What the layer adds: the residual would hide a difference.
+        return out - hidden, keys.clone(), values.clone()
 
     expected = run(layer)
     packed = PackedLayer(layer, attend, scale=look.scale, window=look.window)
@@ -175,4 +179,6 @@ def _checked(model: Any, layer: Any, attend: Attend) -> PackedLayer | None:
         (found - wanted).float().norm() <= _CLOSE * wanted.float().norm()
         for found, wanted in zip(run(packed), expected, strict=True)
     )
+    if not same:
+        log.warning("layer %d is not packed: its packed form computes something else", attention.layer_idx)
     return packed if same else None

@@ -14,8 +14,6 @@ CHANGE = 0.2
 """A figure is written when it differs by at least this part of the one that is shown."""
 EVERY_S = 30.0
 """Shortest time between two such writes to one HatDeployment, as the API server sees them."""
-LATENESS_S = 1.0
-"""By how much the time from decision to write may differ."""
 NAMES = ("chunkSize", "uplinkMbps", "acceptance")
 
 Figures = Mapping[str, float]
@@ -58,9 +56,10 @@ class Pace:
     predecessor has just written. A write that fails counts too: it may have reached the API all the same.
     """
 
-    def __init__(self, every_s: float = EVERY_S + LATENESS_S) -> None:
+    def __init__(self, every_s: float = EVERY_S) -> None:
         self._every_s = every_s
         self._since: dict[tuple[str, str], float] = {}
+        self._writing: set[tuple[str, str]] = set()
 
     def rows(
         self, key: tuple[str, str], rows: Sequence[Row], seen: Mapping[str, Figures], now: float
@@ -84,11 +83,19 @@ class Pace:
         if left > 0:
             return [dict(row) for row in rows], left
         self._since[key] = now
+        self._writing.add(key)
         return [_with(row, seen.get(row["name"])) for row in rows], None
+
+    def written(self, key: tuple[str, str], now: float) -> None:
+        """A write has ended: if it held figures, the time counts from now on, however late the write was."""
+        if key in self._writing:
+            self._writing.remove(key)
+            self._since[key] = now
 
     def forget(self, key: tuple[str, str]) -> None:
         """The HatDeployment is gone."""
         self._since.pop(key, None)
+        self._writing.discard(key)
 
 
 def _with(row: Row, seen: Figures | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hat_operator import devices, events, names, rollout, sites, status
+from hat_operator import devices, events, names, refusals, rollout, sites, status
 from hat_operator.children import Children
 from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
@@ -88,6 +88,7 @@ class Reconciler:
         old = body.get("status", {})
         cloud, edge, again_s = self._with_figures(hat, cloud, edge)
         await self._write_status(body, status.new_status(hat, old, cloud, edge, events.rfc3339()))
+        self._pace.written((namespace, name), time.monotonic())
         return again_s
 
     async def _complete(self, body: Object, hat: HatDeployment) -> Object:
@@ -170,7 +171,7 @@ class Reconciler:
             site.pods = await _list_pods(children.cluster, hat)
             site.nodes = await _list_nodes(children.cluster, edge)
             for daemonset in filter(rollout.daemonset_lacks_pods, children.daemonsets()):
-                site.refused = site.refused or await events.why_no_pods(children.cluster, daemonset)
+                site.refused = site.refused or await refusals.of_daemonset(children.cluster, daemonset)
         except EdgeUnreachable as error:
             return _Site(away=Problem(error.reason, str(error)))
         except ClusterError as error:
@@ -277,7 +278,7 @@ def _cloud_seen(cloud: Children, seen: CloudSeen) -> CloudSeen:
         replicas=0 if serving is None else int(serving.get("status", {}).get("replicas") or 0),
         ready=rollout.ready_replicas(serving),
         updated=wanted is not None and rollout.deployment_done(wanted),
-        refused=rollout.refusal(wanted),
+        refused=refusals.of_deployment(wanted),
     )
 
 

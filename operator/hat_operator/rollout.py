@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,16 +40,6 @@ def daemonset_lacks_pods(daemonset: Object) -> bool:
     """Whether a device that should have a pod has none, not even one that starts."""
     status = daemonset.get("status", {})
     return bool(status.get("currentNumberScheduled", 0) < status.get("desiredNumberScheduled", 0))
-
-
-def refusal(deployment: Object | None) -> str | None:
-    """Why the API server did not take the Deployment's pods, as its controller says."""
-    conditions = () if deployment is None else deployment.get("status", {}).get("conditions", ())
-    for condition in conditions:
-        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            # Without the pod's name, which is another one at each try.
-            return re.sub(r'^pods "[^"]*" ', "", str(condition["message"]))
-    return None
 
 
 def ready_replicas(deployment: Object | None) -> int:

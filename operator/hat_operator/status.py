@@ -42,10 +42,12 @@ class Problem:
 class MetricsSeen:
     """Whether the cloud's pods told what they know of the devices when they were last asked."""
 
-    pods: int = 0
-    """Ready pods that were asked."""
+    telling: int = 0
+    """Ready pods that answer."""
     silent: int = 0
-    """Those of them that have not answered for a while."""
+    """Ready pods that have not answered for a while."""
+    asked: int = 0
+    """Ready pods that have not answered yet, but were not asked long ago."""
     error: str = ""
     """What one of the silent ones said instead."""
 
@@ -64,7 +66,8 @@ class CloudSeen:
     problem: Problem | None = None
     refused: str | None = None
     """Why the API server does not take the wanted revision's pods."""
-    metrics: MetricsSeen = MetricsSeen()
+    metrics: MetricsSeen | None = None
+    """None: nobody has been asked since this process started."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def findings(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> dict[str, 
         if hat.spec.edge_cluster is not None:
             found[EDGE_REACHABLE] = _reachable(edge)
         found[EDGE_READY] = _edge(hat, cloud, edge)
-        found[METRICS_AVAILABLE] = _metrics(cloud.metrics)
+        if cloud.metrics is not None:
+            found[METRICS_AVAILABLE] = _metrics(hat, cloud.metrics)
     found[PROGRESSING] = _progressing(hat, cloud, edge)
     found[READY] = _ready(hat, found)
     return found
@@ -121,10 +125,11 @@ def new_status(
     """
     wanted = 0 if hat.spec.suspend else hat.spec.cloud.replicas
     selector = names.selector(hat, names.CLOUD)
+    before = old.get("conditions", ())
     status: dict[str, Any] = {
         "observedGeneration": hat.generation,
         "model": model_text(hat),
-        "conditions": conditions(findings(hat, cloud, edge), old.get("conditions", ()), hat.generation, now),
+        "conditions": conditions(findings(hat, cloud, edge), before, hat.generation, now),
         "cloud": {
             "replicas": cloud.replicas,
             "ready": cloud.ready,
@@ -133,6 +138,9 @@ def new_status(
             "revision": cloud.serving_revision or cloud.wanted_revision,
         },
     }
+    if cloud.metrics is None and hat.spec.edge is not None:
+        known = [condition for condition in before if condition["type"] == METRICS_AVAILABLE]
+        status["conditions"] = sorted([*status["conditions"], *known], key=lambda item: str(item["type"]))
     if cloud.endpoint is not None:
         status["cloud"]["endpoint"] = cloud.endpoint
     if hat.spec.edge is None:
@@ -195,8 +203,7 @@ def changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
         if condition["type"] == READY and condition["status"] != "True" and last.get("status") != "True":
             continue  # the condition that it took the reason from has its own event
         lost = last.get("status") == "True" and condition["status"] != "True"
-        # A new revision that has not loaded the model yet takes nothing from anyone.
-        lost = lost and condition["reason"] != "NotLoadedYet"
+        lost = lost and condition["reason"] not in _TAKES_NOTHING
         bad = condition["reason"] not in _EXPECTED and condition["status"] == "False"
         warning = condition["type"] != PROGRESSING and (lost or bad) and condition["reason"] != "Suspended"
         if not (last or warning or condition["status"] == "True"):
@@ -206,6 +213,8 @@ def changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
     return found
 
 
+_TAKES_NOTHING = {"NotLoadedYet", "NoReplicaAnswered", "ScaledToZero"}
+"""Reasons of conditions that do not hold any more, without anybody's loss."""
 _EXPECTED = {
     "WaitingForReplicas",
     "WaitingForDevices",
@@ -272,20 +281,26 @@ def _edge(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:
     return Finding("True", "DevicesReady", text)
 
 
-def _metrics(seen: MetricsSeen) -> Finding:
-    if not seen.pods:
-        return Finding(
-            "Unknown", "NoReplicaAsked", "no replica of the cloud has been asked for its devices yet"
-        )
-    if seen.silent == seen.pods:
+def _metrics(hat: HatDeployment, seen: MetricsSeen) -> Finding:
+    if hat.spec.suspend:
+        return Finding("Unknown", "Suspended", "spec.suspend is true")
+    if hat.spec.cloud.replicas == 0:
+        return Finding("Unknown", "ScaledToZero", "spec.cloud.replicas is 0")
+    if seen.telling:
+        return Finding("True", "ReplicasTell", "the cloud's replicas tell of their devices")
+    if seen.silent and not seen.asked:
         text = f"no replica of the cloud tells of its devices: {seen.error}"
         return Finding("False", "ReplicasSilent", text)
-    return Finding("True", "ReplicasTell", "the cloud's replicas tell of their devices")
+    return Finding(
+        "Unknown", "NoReplicaAnswered", "no ready replica of the cloud has told of its devices yet"
+    )
 
 
 def _progressing(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Finding:
     if hat.spec.suspend:
         return Finding("False", "Suspended", "spec.suspend is true")
+    if cloud.refused is not None:
+        return Finding("True", "PodsRefused", f"the API server refuses replicas: {cloud.refused}")
     if cloud.serving_revision not in (None, cloud.wanted_revision):
         text = f"revision {cloud.wanted_revision} starts; {cloud.serving_revision} serves until it is ready"
         return Finding("True", "NewRevisionStarting", text)

@@ -50,8 +50,10 @@ class Report:
 class _Pod:
     """One pod and what it said last."""
 
-    answered: float
-    """Monotonic seconds of its last answer; of the first question while there is none."""
+    asked: float
+    """Monotonic seconds of the first question."""
+    answered: float | None = None
+    """Of its last answer."""
     error: str = ""
     """Why it did not answer the last time; empty if it did."""
     reports: list[Report] = field(default_factory=list)
@@ -73,20 +75,28 @@ class Telemetry:
         self._namespaces = namespaces
         self._url = url
         self._every_s = every_s
-        self._pods: dict[Key, dict[str, _Pod]] = {}
-        """Of each HatDeployment, by the pod's uid: one that does not answer keeps what it said last."""
+        self._silent_s = max(SILENT_S, 2.5 * every_s)
+        self._pods: dict[Key, dict[str, _Pod]] | None = None
+        """Of each HatDeployment, by the pod's uid; None before the first round.
+
+        A pod that does not answer keeps what it said last.
+        """
 
     def figures(self, namespace: str, name: str) -> dict[str, Figures]:
         """The newest figures of each device of a HatDeployment."""
-        pods = self._pods.get((namespace, name), {}).values()
+        pods = (self._pods or {}).get((namespace, name), {}).values()
         return newest((pod.reports for pod in pods), time.monotonic())
 
-    def seen(self, namespace: str, name: str) -> MetricsSeen:
-        """Whether the pods of a HatDeployment answer."""
-        pods = self._pods.get((namespace, name), {}).values()
-        limit = time.monotonic() - SILENT_S
-        silent = [pod for pod in pods if pod.error and pod.answered < limit]
-        return MetricsSeen(len(pods), len(silent), min((pod.error for pod in silent), default=""))
+    def seen(self, namespace: str, name: str) -> MetricsSeen | None:
+        """Whether the pods of a HatDeployment answer; None before the first round."""
+        if self._pods is None:
+            return None
+        pods = list(self._pods.get((namespace, name), {}).values())
+        limit = time.monotonic() - self._silent_s
+        telling = [pod for pod in pods if pod.answered is not None and pod.answered >= limit]
+        silent = [pod for pod in pods if (pod.answered or pod.asked) < limit]
+        error = min((pod.error for pod in silent), default="")
+        return MetricsSeen(len(telling), len(silent), len(pods) - len(telling) - len(silent), error)
 
     async def run(self) -> None:
         """Ask, round after round, until cancelled."""
@@ -96,35 +106,39 @@ class Telemetry:
             while True:
                 try:
                     await self.ask_all(session)
-                except ClusterError as error:
-                    log.warning("the cloud's pods were not listed: %s: %s", error.reason, error)
                 except Exception:
                     log.exception("asking the cloud's pods for their devices failed")
                 await asyncio.sleep(self._every_s)
 
     async def ask_all(self, session: aiohttp.ClientSession) -> None:
-        """One round.
-
-        Raises:
-            ClusterError: the pods could not be listed; what was known stays.
-        """
+        """One round. Where pods could not be listed, what was known of them stays."""
         pods: list[Mapping[str, Any]] = []
-        for namespace in self._namespaces or (None,):
-            pods += [pod for pod in await self._home.list(POD, namespace, _SELECTOR) if is_ready(pod)]
-        slots = asyncio.Semaphore(PARALLEL)
-        answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
         found: dict[Key, dict[str, _Pod]] = {}
+        before = self._pods or {}
+        for namespace in self._namespaces or (None,):
+            try:
+                listed = await self._home.list(POD, namespace, _SELECTOR)
+            except ClusterError as error:
+                log.warning("the cloud's pods were not listed: %s: %s", error.reason, error)
+                found |= {key: known for key, known in before.items() if namespace in (None, key[0])}
+                continue
+            pods += [pod for pod in listed if is_ready(pod)]
+        slots = asyncio.Semaphore(PARALLEL)
+        begin = time.monotonic()
+        answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
         for pod, answer in zip(pods, answers, strict=True):
             key, uid = _owner(pod), pod["metadata"]["uid"]
+            known = before.get(key, {}).get(uid, _Pod(begin))
             if isinstance(answer, str):
-                before = self._pods.get(key, {}).get(uid, _Pod(time.monotonic()))
-                answer = replace(before, error=answer)
-            found.setdefault(key, {})[uid] = answer
+                answered = replace(known, error=answer)
+            else:
+                answered = replace(known, answered=time.monotonic(), error="", reports=answer)
+            found.setdefault(key, {})[uid] = answered
         self._pods = found
 
     async def _ask(
         self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Mapping[str, Any]
-    ) -> _Pod | str:
+    ) -> list[Report] | str:
         """What the pod says, or why it says nothing."""
         meta = pod["metadata"]
         address = str(pod["status"].get("podIP", ""))
@@ -139,9 +153,10 @@ class Telemetry:
             metrics.DEVICE_POLLS.labels("failed").inc()
             why = str(error) or type(error).__name__
             log.debug("%s: %s", url, why)
-            return f"{meta['name']}: {why}"
+            # Without addresses and the like: it goes into a condition, which should stay the same.
+            return str(error) if isinstance(error, ValueError) else type(error).__name__
         metrics.DEVICE_POLLS.labels("ok").inc()
-        return _Pod(time.monotonic(), reports=found)
+        return found
 
 
 def parse(body: bytes, now: float) -> list[Report]:

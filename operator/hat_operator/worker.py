@@ -120,25 +120,31 @@ class Worker:
     async def _resync_forever(self) -> None:
         while True:
             begin = time.monotonic()
-            try:
-                await self._resync()
-            except ClusterError as error:
-                log.error("resync: %s: %s", error.reason, error)
+            await self._resync()
             await asyncio.sleep(max(0.0, self._resync_s - (time.monotonic() - begin)))
 
     async def _resync(self) -> None:
         ready: Counter[str] = Counter({"True": 0, "False": 0, "Unknown": 0})
-        gone, found = set(self._watches.users), []
+        found: list[Key] = []
+        complete = True
         for namespace in self._namespaces or (None,):
-            for body in await self._home.list(HATDEPLOYMENT, namespace):
+            try:
+                bodies = await self._home.list(HATDEPLOYMENT, namespace)
+            except ClusterError as error:
+                log.error("resync: %s: %s", error.reason, error)
+                complete = False
+                continue
+            for body in bodies:
                 found.append((body["metadata"]["namespace"], body["metadata"]["name"]))
                 stated = body.get("status", {}).get("conditions", ())
                 ready[next((item["status"] for item in stated if item["type"] == "Ready"), "Unknown")] += 1
-        for value, count in ready.items():
-            metrics.HATDEPLOYMENTS.labels(value).set(count)
-        self.last_resync = time.monotonic()
-        metrics.LAST_RESYNC.set_to_current_time()
-        due = [*found, *gone.difference(found)]
+        due = found
+        if complete:
+            for value, count in ready.items():
+                metrics.HATDEPLOYMENTS.labels(value).set(count)
+            self.last_resync = time.monotonic()
+            metrics.LAST_RESYNC.set_to_current_time()
+            due = [*found, *set(self._watches.users).difference(found)]
         for key in due:
             self.request(*key)
             await asyncio.sleep(SPREAD * self._resync_s / len(due))

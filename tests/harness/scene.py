@@ -126,6 +126,7 @@ class Scene:
         def ready(name: str, status: Mapping[str, Any]) -> bool:
             found = {one["type"]: one["status"] for one in status.get("conditions", ())}
             settled = found.get("Ready") == "True" and found.get("Progressing") == "False"
+            settled = settled and found.get("MetricsAvailable") == "True"
             return settled and bool(status["edge"]["ready"] == len(self.sites[name]))
 
         return all(ready(name, status) for name, status in self.statuses().items())

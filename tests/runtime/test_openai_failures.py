@@ -224,7 +224,7 @@ async def test_the_end_of_the_server_finishes_or_cancels_answers(folder: Path, g
         if grace_s:
             assert text.endswith("data: [DONE]")
         else:
-            assert '"code":"shutting_down"' in text
+            assert '"code":"interrupted"' in text
         with pytest.raises(httpx.ConnectError):
             await http.get(f"{device.url}/healthz")
 

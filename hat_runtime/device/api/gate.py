@@ -103,7 +103,8 @@ class Gate:
                     await self._empty.wait()
         finally:
             for abort in list(self._aborts):
-                abort(_shutting_down())
+                text = "the server shut down before the answer was complete"
+                abort(ApiError(503, text, code="interrupted", retry_after_s=RETRY_S))
         await self._empty.wait()
 
 

@@ -56,8 +56,18 @@ def test_a_fifth_is_worth_a_write(shown: dict[str, float], seen: dict[str, float
     assert figures.differ(shown, seen) is worth
 
 
+def test_a_late_write_counts_from_its_end() -> None:
+    pace, rows, seen = Pace(), [row("a")], {"a": {"chunkSize": 64}}
+    pace.rows(KEY, rows, seen, 0.0)
+    assert pace.rows(KEY, rows, seen, EVERY_S)[1] is None
+    pace.written(KEY, EVERY_S + 2)
+    assert pace.rows(KEY, rows, seen, 2 * EVERY_S)[1] == 2.0
+    pace.written(KEY, 2 * EVERY_S)  # of conditions only
+    assert pace.rows(KEY, rows, seen, 2 * EVERY_S + 2)[1] is None
+
+
 def test_one_change_brings_all_up_to_date_and_the_rest_of_a_row_stays() -> None:
-    pace = Pace(EVERY_S)
+    pace = Pace()
     before = [row("a", l4t="r36.4", uplinkMbps=10.0), row("b", uplinkMbps=10.0), row("c", uplinkMbps=10.0)]
     seen = {
         "a": {"uplinkMbps": 10.5},
@@ -77,7 +87,7 @@ def test_one_change_brings_all_up_to_date_and_the_rest_of_a_row_stays() -> None:
 
 
 def test_devices_that_have_no_row_cause_nothing() -> None:
-    pace, rows = Pace(EVERY_S), [row("a", uplinkMbps=10.0)]
+    pace, rows = Pace(), [row("a", uplinkMbps=10.0)]
     for now in (0.0, 100.0, 200.0):
         assert pace.rows(KEY, rows, {"b": {"uplinkMbps": now + 1}, "a": {"uplinkMbps": 11.0}}, now) == (
             rows,
@@ -86,7 +96,7 @@ def test_devices_that_have_no_row_cause_nothing() -> None:
 
 
 def test_each_hatdeployment_has_its_own_pace_and_a_new_one_of_the_name_begins_anew() -> None:
-    pace, rows, seen = Pace(EVERY_S), [row("a")], {"a": {"chunkSize": 64}}
+    pace, rows, seen = Pace(), [row("a")], {"a": {"chunkSize": 64}}
     pace.rows(KEY, rows, seen, 0.0)
     assert pace.rows(("team-b", "chat"), rows, seen, 40.0)[1] == EVERY_S
     assert pace.rows(KEY, rows, seen, 40.0)[1] is None
@@ -116,11 +126,11 @@ looks = st.lists(
 @given(looks)
 def test_no_sequence_of_figures_is_written_twice_in_30_s(sequence: list[Any]) -> None:
     """Whoever looks however often, with restarts and failed writes between; and each write has a reason."""
-    pace, status, now, tries = Pace(EVERY_S), [row("a"), row("b")], 1000.0, []
+    pace, status, now, tries = Pace(), [row("a"), row("b")], 1000.0, []
     for elapsed, seen, restarted, fails in sequence:
         now += elapsed
         if restarted:
-            pace = Pace(EVERY_S)
+            pace = Pace()
         rows, again_s = pace.rows(KEY, status, seen, now)
         worth = any(
             one["name"] in seen and figures.differ(figures.of_row(one), seen[one["name"]]) for one in status
@@ -137,7 +147,7 @@ def test_no_sequence_of_figures_is_written_twice_in_30_s(sequence: list[Any]) ->
 
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=20))
 def test_a_change_is_written_when_its_time_has_come(uplinks: list[float]) -> None:
-    pace, status, now = Pace(EVERY_S), [row("a")], 0.0
+    pace, status, now = Pace(), [row("a")], 0.0
     for uplink in uplinks:
         seen = {"a": {"uplinkMbps": uplink}}
         rows, again_s = pace.rows(KEY, status, seen, now)

@@ -92,7 +92,7 @@ def test_old_revisions_are_in_use_on_devices_that_answer() -> None:
 
 def test_all_ready() -> None:
     seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
-    found = status.findings(hat(), replace(CLOUD, metrics=MetricsSeen(pods=2, silent=1)), seen)
+    found = status.findings(hat(), replace(CLOUD, metrics=MetricsSeen(telling=1, silent=1)), seen)
     assert {name: finding.status for name, finding in found.items()} == {
         "Ready": "True",
         "CloudReady": "True",
@@ -106,12 +106,32 @@ def test_all_ready() -> None:
 
 def test_missing_metrics_leave_it_ready() -> None:
     seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
-    found = status.findings(hat(), CLOUD, seen)
-    assert (found["MetricsAvailable"].status, found["Ready"].status) == ("Unknown", "True")
-    silent = replace(CLOUD, metrics=MetricsSeen(2, 2, "pod-1: status 404"))
-    found = status.findings(hat(), silent, seen)
-    assert (found["MetricsAvailable"].status, found["Ready"].status) == ("False", "True")
-    assert "pod-1: status 404" in found["MetricsAvailable"].message
+
+    def metrics(of: MetricsSeen, **spec: Any) -> tuple[str, str]:
+        found = status.findings(hat(**spec), replace(CLOUD, metrics=of), seen)
+        assert found["Ready"].status == ("True" if not spec else "False")
+        return found["MetricsAvailable"].status, found["MetricsAvailable"].reason
+
+    assert metrics(MetricsSeen(asked=1)) == metrics(MetricsSeen(silent=1, asked=1))
+    assert metrics(MetricsSeen()) == ("Unknown", "NoReplicaAnswered")
+    assert metrics(MetricsSeen(silent=2, error="status 404")) == ("False", "ReplicasSilent")
+    assert metrics(MetricsSeen(), suspend=True) == ("Unknown", "Suspended")
+
+
+def test_a_new_process_keeps_what_is_said_of_metrics_until_it_knows() -> None:
+    seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
+    telling = replace(CLOUD, metrics=MetricsSeen(telling=1))
+    first = status.new_status(hat(), {}, telling, seen, NOW)
+    assert status.new_status(hat(), first, CLOUD, seen, LATER) == first
+
+
+def test_scaling_to_zero_is_no_warning_of_metrics() -> None:
+    seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
+    first = status.new_status(hat(), {}, replace(CLOUD, metrics=MetricsSeen(telling=1)), seen, NOW)
+    none = replace(CLOUD, metrics=MetricsSeen(), ready=0, replicas=0)
+    second = status.new_status(hat(cloud={"replicas": 0}), first, none, seen, LATER)
+    kinds = {reason: kind for kind, reason, _ in status.changes(first["conditions"], second["conditions"])}
+    assert kinds["ScaledToZero"] == "Normal" or "MetricsAvailable" not in kinds
 
 
 def test_ready_takes_the_first_failures_reason() -> None:
@@ -140,6 +160,7 @@ def test_pods_that_the_api_refuses_are_named_with_the_reason() -> None:
     assert "exceeded quota" in found["CloudReady"].message
     assert (found["EdgeReady"].status, found["EdgeReady"].reason) == ("False", "PodsRefused")
     assert "hostPort" in found["EdgeReady"].message
+    assert (found["Progressing"].status, found["Progressing"].reason) == ("True", "PodsRefused")
 
 
 def test_blue_green_is_progress_while_the_old_one_serves() -> None:
