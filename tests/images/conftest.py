@@ -80,9 +80,9 @@ def build(buildah: Buildah, base: str, name: str, full: bool = False) -> Built:
     return Built(name, reference, buildah, volumes, revision.group(1))
 
 
-@pytest.fixture(scope="session", params=["operator", "edge"])
+@pytest.fixture(scope="session", params=["operator", "edge", "cloud"])
 def built(request: pytest.FixtureRequest, buildah: Buildah, base: str) -> Built:
-    """The operator's image, and one of the two others, which differ in a few packages and lines."""
+    """Each of the three images."""
     return build(buildah, base, request.param)
 
 
