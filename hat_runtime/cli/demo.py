@@ -71,7 +71,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from hat_runtime.cli import demo_report
-    from hat_runtime.cli.completions import stream_chat
     from hat_runtime.cli.demo_text import PROMPT
     from hat_runtime.cli.limit_parts import bare_layers, limit_parts
     from hat_runtime.cli.processes import Children, check_free, exits_on_sigterm
@@ -104,7 +103,8 @@ def _run(args: argparse.Namespace) -> int:
             listen=args.listen,
         )
         with running_pair(config, children, say) as pair:
-            stream_chat(pair.url, "Hello", max_tokens=2)  # what is done for the first time is slow everywhere
+            for chunk in (args.chunk_tokens, 0):  # what is done for the first time is slow everywhere
+                pair.ask(prompt, 2, chunk, lambda _: None)
             say(f"\n{_wrapped(prompt)}\n\n--- the answer ---")
             hat = pair.ask(prompt, args.max_new_tokens, args.chunk_tokens, lambda text: say(text, end=""))
             say("\n---\n\nThe same without chunks ...")
