@@ -219,7 +219,8 @@ def _body(results: list[Result]) -> str:
         f"{'reached' if result.reached else 'NOT reached'} with {result.devices:,} devices"
         for result in results
     )
-    return f"{table(columns, rows)}\n\nColumns: devices and HatDeployments. Goals, set for 300 devices: {verdict}."
+    goals = f"Goals, set for {GOAL_DEVICES} devices: {verdict}."
+    return f"{table(columns, rows)}\n\nColumns: devices and HatDeployments. {goals}"
 
 
 def _about() -> str:

@@ -5,7 +5,6 @@ Invariant, checked by `KvCache.check`: free + owned == total, and no page has tw
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -114,7 +113,12 @@ class KvCache:
     def run(self, sequence: PagedSequence, total_tokens: int) -> slice | None:
         """The slots of the first `total_tokens` positions where its pages follow one another in the pool, else None."""
         pages = sequence.pages[: -(-total_tokens // self.page_tokens)]
-        if not pages or any(later != page + 1 for page, later in itertools.pairwise(pages)):
+        # The last page first: this runs in every pass, and scattered sequences are told by it alone.
+        if (
+            not pages
+            or pages[-1] != pages[0] + len(pages) - 1
+            or pages != list(range(pages[0], pages[-1] + 1))
+        ):
             return None
         first = pages[0] * self.page_tokens
         return slice(first, first + total_tokens)

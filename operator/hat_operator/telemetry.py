@@ -151,8 +151,7 @@ class Telemetry:
                 found = parse(await _body(response), time.monotonic())
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             metrics.DEVICE_POLLS.labels("failed").inc()
-            why = str(error) or type(error).__name__
-            log.debug("%s: %s", url, why)
+            log.debug("%s: %s", url, error or type(error).__name__)
             # Without addresses and the like: it goes into a condition, which should stay the same.
             return str(error) if isinstance(error, ValueError) else type(error).__name__
         metrics.DEVICE_POLLS.labels("ok").inc()
