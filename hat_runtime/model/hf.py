@@ -134,7 +134,17 @@ class DeviceEnds:
     @torch.inference_mode()
     def head(self, deep: torch.Tensor) -> torch.Tensor:
         """Deep states [T, hidden_size] (before the final norm) -> logits float32 [T, vocab_size]."""
-        return F.linear(self._norm(deep.to(self.device)), self._head).float()
+        return F.linear(self.final_norm(deep), self._head).float()
+
+    @torch.inference_mode()
+    def final_norm(self, deep: torch.Tensor) -> torch.Tensor:
+        """Deep states [T, hidden_size] -> what the head reads: the same after the final norm."""
+        normed: torch.Tensor = self._norm(deep.to(self.device))
+        return normed
+
+    def head_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The head's rows of token ids int64 [k]: [k, hidden_size], a copy."""
+        return self._head[ids]
 
 
 def load_config(folder: Path) -> Any:
