@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from hat_runtime.control.chunks import chunk_ends
+from hat_runtime.device.chain import NO_DRAFTS, Speculation
 from hat_runtime.device.conversations import Conversation, ConversationStore
+from hat_runtime.device.drafting.base import DraftState
+from hat_runtime.device.jobs import Turn
 from hat_runtime.device.link import CloudLink
+from hat_runtime.device.policy import DraftPolicy
 from hat_runtime.device.request import GenerationRequest
 from hat_runtime.device.session import CloudSession
-from hat_runtime.device.steps import LAST, NONE, StepResult, Want
-from hat_runtime.device.submodels import Advanced, DeviceFull, DeviceModel
+from hat_runtime.device.steps import ALL, LAST, NONE, StepResult, Want
+from hat_runtime.device.submodels import DeviceFull, DeviceModel
 from hat_runtime.errors import CloudOverloaded, CloudUnavailable
+from hat_runtime.model.pages import PagedSequence
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A Step whose deep states are to be judged."""
+
+    future: asyncio.Future[StepResult]
+    sent_s: float
+    alone: bool
+    """No other was under way when it was sent."""
 
 
 class Answer:
     """What the generation loop does for one request.
 
-    A round: `advance` turns a deep state into a token and its shallow state, `send_round` sends that up, and
-    `finish_round` waits for the deep state that comes back. Positions and Steps are not tied to single tokens.
+    A round: `turn` makes of deep states certain tokens and new drafts, `send` sends their shallow states up, and
+    `next_deep` waits for the deep states that come back, and drafts on meanwhile.
     """
 
     def __init__(
@@ -37,6 +54,7 @@ class Answer:
         conversations: ConversationStore,
         *,
         open_session: Callable[[], CloudSession],
+        policy: DraftPolicy,
         chunk: int,
         max_evictions: int,
     ) -> None:
@@ -48,6 +66,7 @@ class Answer:
             link: the connection to the cloud.
             conversations: idle sessions, to reuse or to make room.
             open_session: opens a new session for this request.
+            policy: how to draft.
             chunk: tokens of one Step of an upload, at least 1.
             max_evictions: uploads that the cloud may throw away before the request fails.
         """
@@ -57,8 +76,12 @@ class Answer:
         self._link = link
         self._conversations = conversations
         self._open_session = open_session
+        self._policy = policy
         self._chunk = chunk
         self._max_evictions = max_evictions
+        self._spec = Speculation(PagedSequence(), DraftState(), request.sampling)
+        self._in_flight: deque[_Round] = deque()
+        self._sent_end = 0  # position after the last row that was sent
         self._fresh = True  # the session was opened for this request
         self._announced = False  # a Step has carried the request's id
         self._batch_tokens = 0  # of the cloud's pass that the last round was in
@@ -72,14 +95,23 @@ class Answer:
 
     async def begin(self) -> None:
         """Take over an idle conversation that shares the prompt's beginning, or open a session."""
-        reused = await self._conversations.take(self.request.prompt_ids)
+        request = self.request
+        reused = await self._conversations.take(request.prompt_ids)
         if reused is None:
-            self.conversation = Conversation(self._open_session(), tokens=list(self.request.prompt_ids))
-            return
-        self.conversation, self.request.stats.cached_tokens = reused
-        self._fresh = False
-        session = self.conversation.session
-        self._bytes_before = (session.uplink_bytes, session.downlink_bytes)
+            self.conversation = Conversation(self._open_session(), drafting=self._model.open_drafting())
+        else:
+            self.conversation, request.stats.cached_tokens = reused
+            self._fresh = False
+            session = self.conversation.session
+            self._bytes_before = (session.uplink_bytes, session.downlink_bytes)
+        self._spec = Speculation(
+            self.conversation.sequence,
+            self.conversation.drafting,
+            request.sampling,
+            self._policy.config.sampler,
+            request.stop_ids,
+            list(request.prompt_ids),
+        )
 
     async def upload(self) -> torch.Tensor:
         """Send the shallow states of all tokens that the cloud lacks; deep state [1, hidden_size] of the last.
@@ -99,52 +131,117 @@ class Answer:
                 return deep
             self._count_eviction()
 
-    async def advance(self, deep: torch.Tensor) -> Advanced:
-        """Head and sampling on the last deep state, and the new token's shallow state if the text goes on."""
-        conversation, request = self.current, self.request
-        position = len(conversation.tokens)
-        more = request.stats.completion_tokens + 1 < request.max_new_tokens
-        advanced = await self._with_room(
-            lambda: self._model.advance(
-                conversation.sequence,
-                deep,
-                request.sampling,
-                position,
-                request.stop_ids,
-                embed_new=more,
-                batch_tokens=self._batch_tokens,
-            )
+    async def turn(self, deep: torch.Tensor) -> Turn:
+        """What deep states [n, hidden_size] say: tokens that are certain now, and new drafts behind them."""
+        plan = NO_DRAFTS if self._in_flight else self._policy.plan()
+        stats = self.request.stats
+        turn = await self._model.turn(
+            self._spec,
+            deep,
+            plan,
+            most=self.request.max_new_tokens - stats.completion_tokens,
+            batch_tokens=self._batch_tokens,
         )
-        if advanced.hidden is not None:
-            conversation.tokens.append(advanced.token_id)
-            conversation.shallow = position + 1
-        return advanced
+        starved = turn.starved
+        while starved:  # the token is certain, but there was no room for it
+            if not self._conversations.evict_one():
+                raise DeviceFull(
+                    f"the device's KV cache is full: {len(self._spec.tokens)} tokens do not fit; end other sessions or "
+                    "raise the device's KV tokens"
+                )
+            starved = (await self._model.turn(self._spec, None, NO_DRAFTS)).starved
+        self._settle(turn)
+        return turn
 
-    def send_round(self, hidden: torch.Tensor) -> asyncio.Future[StepResult]:
-        """Send the shallow states [k, hidden_size] of the newest k tokens.
+    def send(self) -> None:
+        """Send the shallow states of the newest certain token, and of the drafts behind it, that were not sent.
 
         Raises:
             CloudUnavailable: the session has ended.
         """
-        return self._submit(len(self.current.tokens) - len(hidden), hidden, LAST)
+        spec = self._spec
+        first = max(self._sent_end, len(spec.tokens) - 1)
+        rows = spec.hidden[first - (len(spec.tokens) - 1) :]
+        hidden = rows[0] if len(rows) == 1 else torch.cat(rows)
+        future = self._submit(first, hidden, ALL)
+        self._sent_end = first + len(rows)
+        self._in_flight.append(_Round(future, time.monotonic(), alone=not self._in_flight))
 
-    async def finish_round(self, pending: asyncio.Future[StepResult]) -> torch.Tensor:
-        """The deep state [1, hidden_size] of a round under way; after an eviction that of a new upload."""
-        self._batch_tokens = 0
+    @property
+    def in_flight(self) -> int:
+        """Rounds that were sent and not judged."""
+        return len(self._in_flight)
+
+    async def next_deep(self) -> torch.Tensor:
+        """The deep states [n, hidden_size] of the oldest round; after an eviction those of a new upload.
+
+        While it is on its way, the device drafts on.
+        """
+        oldest = self._in_flight[0]
         self._model.rounds_in_flight += 1
         try:
-            result = await pending
+            await self._draft_ahead(oldest)
+            result = await oldest.future
         except CloudUnavailable as error:
+            self._forget_drafts()
             await self._reopen(error)
             return await self.upload()
         finally:
             self._model.rounds_in_flight -= 1
+        self._in_flight.popleft()
         deep = self._take(result)
         if deep is None:
+            self._forget_drafts()
             self._count_eviction()
             return await self.upload()
-        self._batch_tokens = result.batch_tokens
+        self._batch_tokens = 0 if self._in_flight else result.batch_tokens
+        self._policy.compute_s = result.compute_s
+        if oldest.alone:
+            self._policy.times.saw_wait(time.monotonic() - oldest.sent_s)
         return deep
+
+    async def _draft_ahead(self, oldest: _Round) -> None:
+        """Draft on, and send what is likely to be right, until the oldest round's Result is due."""
+        policy, spec = self._policy, self._spec
+        while not oldest.future.done():
+            sent = self._sent_end - len(spec.tokens)
+            elapsed_s = time.monotonic() - oldest.sent_s
+            branch: int | None = None
+            plan = policy.ahead(spec, sent, elapsed_s)
+            if plan is None and policy.send_ahead(spec, sent, len(self._in_flight)):
+                self.send()
+                continue
+            if plan is None and (other := policy.branch(spec, sent, elapsed_s)) is not None:
+                branch, plan = other
+                spec.point = sent
+            if plan is None:
+                return
+            turn = await self._model.turn(spec, None, plan, branch=branch)
+            policy.learn(turn)
+            if not turn.drafts and branch is None:
+                return
+
+    def _settle(self, turn: Turn) -> None:
+        """Keep the accounts of a judged round."""
+        spec, stats, metrics = self._spec, self.request.stats, self._link.metrics
+        accepted = sum(right for _, right in turn.judged)
+        self._policy.learn(turn)
+        stats.accepted_tokens += accepted
+        stats.draft_tokens += accepted + turn.dropped
+        metrics.accepted_tokens.inc(accepted)
+        metrics.draft_tokens.inc(accepted + turn.dropped)
+        if turn.fresh:
+            self.current.session.rollback(len(spec.tokens) - 1)
+            self._in_flight.clear()
+            self._sent_end = min(self._sent_end, len(spec.tokens) - 1)
+        self.current.tokens = spec.tokens[: spec.cached]
+        self.current.shallow = spec.cached
+
+    def _forget_drafts(self) -> None:
+        """The cloud lost what it held: go on from the certain tokens alone."""
+        self._in_flight.clear()
+        self._spec.restart()
+        self._sent_end = 0
 
     def end(self) -> None:
         """Keep the conversation for its next turn, or end it where too much is still under way."""
@@ -162,7 +259,8 @@ class Answer:
     async def _upload_once(self) -> torch.Tensor | None:
         """One try; None if the session was evicted on the way."""
         conversation = self.current
-        total = len(conversation.tokens)
+        total = len(self._spec.tokens)
+        conversation.tokens = list(self._spec.tokens)
         window = max(2, conversation.session.limits.max_inflight_steps)
         sent: deque[asyncio.Future[StepResult]] = deque()
         deep: torch.Tensor | None = None
@@ -171,19 +269,24 @@ class Answer:
             hidden = await self._shallow(start, end)
             sent.append(self._submit(start, hidden, LAST if end == total else NONE))
             start = end
+            if end == total and self._policy.drafting:
+                self._model.prepare_drafts(conversation.drafting, list(self._spec.tokens))
             # The next chunk's shallow pass runs while this one travels and is computed in the cloud.
             while sent and (sent[0].done() or len(sent) >= window or end == total):
                 result = await sent.popleft()
                 if result.stale:
                     return None
                 deep = self._take(result)
+        self._sent_end = total
         return deep
 
     async def _shallow(self, start: int, end: int) -> torch.Tensor:
         conversation = self.current
         ids = conversation.tokens[start:end]
-        hidden = await self._with_room(lambda: self._model.shallow(conversation.sequence, ids, start))
-        conversation.shallow = end
+        # What the drafter knows of the answer so far is worth more than what an upload could tell it again.
+        state = None if self.request.stats.completion_tokens else conversation.drafting
+        hidden = await self._with_room(lambda: self._model.shallow(conversation.sequence, ids, start, state))
+        conversation.shallow = self._spec.cached = end
         return hidden
 
     def _submit(self, start: int, hidden: torch.Tensor, want: Want) -> asyncio.Future[StepResult]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hat_runtime.device.drafting.factory import NONE, drafter_maker
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.handshake import bind
 from hat_runtime.device.link import CloudLink
@@ -27,6 +28,7 @@ async def connect(
     device: str = "cpu",
     kv_tokens: int = 32768,
     page_tokens: int = 16,
+    drafter: str = NONE,
 ) -> Generator:
     """Ask the cloud what it serves, compare, and load this device's part. End it with `Generator.close`.
 
@@ -39,11 +41,13 @@ async def connect(
         device: torch device for the device's submodels.
         kv_tokens: tokens that all sessions of this device may hold together.
         page_tokens: tokens of one KV page on this device.
+        drafter: what drafts, as --drafter names it.
 
     Raises:
         CloudUnavailable: not reachable.
         HandshakeError: the cloud serves another model, split or dtype.
-        ModelError: the folder cannot be used.
+        ModelError: the folder, or the drafter's, cannot be used.
+        UsageError: there is no such drafter.
     """
     compute = DTYPES[dtype] if isinstance(dtype, str) else dtype
     link = CloudLink(cloud, metrics)
@@ -59,6 +63,9 @@ async def connect(
             device=device,
             kv_tokens=kv_tokens,
             page_tokens=page_tokens,
+            make_drafter=drafter_maker(
+                drafter, folder, manifest.weights_id, binding.layers.lo, compute, kv_tokens=kv_tokens
+            ),
         )
     except BaseException:
         await link.close()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from hat_runtime.device.chain import common_prefix
+from hat_runtime.device.drafting.base import DraftState
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.session import CloudSession
 from hat_runtime.device.submodels import DeviceModel
@@ -24,6 +26,8 @@ class Conversation:
     tokens: list[int] = field(default_factory=list)
     shallow: int = 0
     """Leading `tokens` that the device's KV cache holds for certain."""
+    drafting: DraftState = field(default_factory=DraftState)
+    """What the device's drafter remembers of the text."""
 
     @property
     def held(self) -> int:
@@ -102,17 +106,9 @@ class ConversationStore:
     def discard(self, conversation: Conversation) -> None:
         """End a conversation on both sides."""
         conversation.session.close()
-        self._model.release(conversation.sequence)
+        self._model.release(conversation.sequence, conversation.drafting)
 
     def clear(self) -> None:
         """Drop all idle conversations."""
         while self.evict_one():
             pass
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of leading tokens that two sequences share."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))

@@ -1,6 +1,7 @@
-"""The generation loop: prompt up in chunks, then one round per token.
+"""The generation loop: prompt up in chunks, then rounds.
 
-A round sends the shallow states of the newest tokens, gets deep states back, and accepts what the head makes of them.
+A round sends the shallow states of the newest token and of the drafts behind it, gets deep states back, and accepts the
+drafts that the head agrees with, and the token that it puts behind them (HAT, arXiv 2503.18989, section III).
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hat_runtime.device.answer import Answer
 from hat_runtime.device.conversations import ConversationStore
+from hat_runtime.device.jobs import Turn
 from hat_runtime.device.link import CloudLink
+from hat_runtime.device.policy import DraftConfig, DraftPolicy
 from hat_runtime.device.request import (
     CANCELLED,
     ERROR,
@@ -43,6 +46,8 @@ class GeneratorConfig:
     max_evictions: int = 8
     """Uploads of one request that the cloud may throw away before the request fails."""
     tenant: str = ""
+    drafting: DraftConfig = field(default_factory=DraftConfig)
+    """How tokens are drafted, where the model has a drafter."""
     device_name: str = ""
     """By which the cloud lists this device; "": it does not."""
 
@@ -59,6 +64,9 @@ class Generator:
         self.binding = binding
         self.config = config or GeneratorConfig()
         self.metrics = link.metrics
+        self.policy = DraftPolicy(self.config.drafting, model.drafter is not None)
+        if model.drafter is not None:
+            self.policy.calibration = model.drafter.calibration
         self.conversations = ConversationStore(
             model,
             self.metrics,
@@ -116,18 +124,26 @@ class Generator:
             deep = await answer.upload()
             last_s = began
             while True:
-                advanced = await answer.advance(deep)
+                turn = await answer.turn(deep)
                 now = time.monotonic()
-                self._count_token(answer, now - began, now - last_s)
+                count = len(turn.tokens)
+                for token_id in turn.tokens:
+                    self._count_token(answer, now - began, (now - last_s) / count)
+                self._learn_round(answer, turn, now - last_s)
                 last_s = now
-                # The next Step leaves before the caller sees the token: a slow reader costs no round trip.
-                pending = answer.send_round(advanced.hidden) if advanced.hidden is not None else None
-                if pending is None:
-                    stats.finish_reason = STOP if advanced.token_id in request.stop_ids else LENGTH
-                yield TokenEvent(advanced.token_id, stats.completion_tokens - 1, now)
-                if pending is None:
+                ended = (
+                    turn.tokens[-1] in request.stop_ids or stats.completion_tokens == request.max_new_tokens
+                )
+                # The next Step leaves before the caller sees the tokens: a slow reader costs no round trip.
+                if not ended and not answer.in_flight:
+                    answer.send()
+                if ended:
+                    stats.finish_reason = STOP if turn.tokens[-1] in request.stop_ids else LENGTH
+                for index, token_id in enumerate(turn.tokens, start=stats.completion_tokens - count):
+                    yield TokenEvent(token_id, index, now)
+                if ended:
                     return
-                deep = await answer.finish_round(pending)
+                deep = await answer.next_deep()
         except (asyncio.CancelledError, GeneratorExit):
             if stats.finish_reason == ERROR:
                 stats.finish_reason = CANCELLED
@@ -163,9 +179,16 @@ class Generator:
                 tenant=self.config.tenant,
                 device_name=self.config.device_name,
             ),
+            policy=self.policy,
             chunk=min(chunk or longest, longest),
             max_evictions=self.config.max_evictions,
         )
+
+    def _learn_round(self, answer: Answer, turn: Turn, took_s: float) -> None:
+        """What a round took, for the decision whether to draft."""
+        if answer.request.stats.completion_tokens > len(turn.tokens):  # not the prompt
+            self.policy.after_round(took_s, turn)
+        self.metrics.drafting.set(self.policy.drafting)
 
     def _count_token(self, answer: Answer, since_began_s: float, since_last_s: float) -> None:
         stats = answer.request.stats

@@ -30,6 +30,15 @@ class DeviceMetrics:
         self.verify_rounds = Counter(
             "hat_verify_rounds", "Steps for which the cloud sent deep states back.", registry=registry
         )
+        self.draft_tokens = Counter("hat_draft_tokens", "Tokens that the device guessed.", registry=registry)
+        self.accepted_tokens = Counter(
+            "hat_accepted_tokens", "Guessed tokens that the target agreed with.", registry=registry
+        )
+        self.drafting = Gauge(
+            "hat_drafting",
+            "1 while the device drafts; 0 where there is no drafter, or drafts do not pay.",
+            registry=registry,
+        )
         self.evictions = Counter(
             "hat_session_evictions", "Times the cloud gave a session's KV cache to others.", registry=registry
         )

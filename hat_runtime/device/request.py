@@ -37,6 +37,10 @@ class GenerationStats:
     downlink_bytes: int = 0
     rounds: int = 0
     """Steps for which the cloud sent deep states back."""
+    draft_tokens: int = 0
+    """Tokens that the device guessed."""
+    accepted_tokens: int = 0
+    """How many of them the target agreed with."""
     finish_reason: str = ""
     """"stop", "length", "cancelled" or "error"."""
     chunk_tokens: int = 0

@@ -21,8 +21,12 @@ from hat_runtime.errors import UsageError
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _POSITION = 0xD1342543DE82EF95  # odd, so that positions map to distinct keys
+_STREAM = 0xA0761D6478BD642F
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+
+DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
+"""Streams of noise for rejection sampling: drafting, the accept test, drawing what replaces a refused draft."""
 
 _NUCLEUS_GUESS = 256
 """Candidates tried first for top_p: sorting a whole vocabulary costs more than the layers of a small model."""
@@ -83,12 +87,21 @@ def nucleus(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     return order[:count].astype(np.int64)
 
 
-def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64], stream: int = 0) -> NDArray[np.float64]:
     """Standard Gumbel noise -log(-log(u)) of each token id, from the hash of (seed, position, id).
+
+    Streams are independent of each other; 0 is the one that the target's tokens are drawn with.
+    """
+    noise: NDArray[np.float64] = -np.log(-np.log(uniform_noise(seed, position, ids, stream)))
+    return noise
+
+
+def uniform_noise(seed: int, position: int, ids: NDArray[np.int64], stream: int = 0) -> NDArray[np.float64]:
+    """Uniform numbers in (0, 1) of each token id, from the hash of (seed, position, id).
 
     The hash is splitmix64 (Steele, Lea and Flood 2014) in counter mode, keyed by two rounds over seed and position.
     """
-    key = _mix(_mix(seed + _GOLDEN) ^ (position * _POSITION))
+    key = _mix(_mix(seed + _GOLDEN) ^ (position * _POSITION) ^ (stream * _STREAM))
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
         x = ids.astype(np.uint64)
         x += np.uint64(1)
@@ -100,9 +113,8 @@ def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np
         x *= np.uint64(_MIX_2)
         x ^= x >> np.uint64(31)
     # 52 bits and a half: an odd multiple of 2**-53, exact in float64 and never 0 or 1.
-    uniform = ((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
-    return noise
+    uniform: NDArray[np.float64] = ((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return uniform
 
 
 def _mix(x: int) -> int:

@@ -127,6 +127,13 @@ class CloudSession:
         self.epoch += 1
         self._end = self.committed
 
+    def rollback(self, position: int) -> None:
+        """The tokens from `position` on were wrong: Steps under way are void, and the next one starts there at most."""
+        if self._unanswered:
+            self.discard()
+        self.committed = min(self.committed, position)
+        self._end = min(self._end, self.committed)
+
     async def drained(self, timeout_s: float) -> bool:
         """Wait until no Step is unanswered; False if the session ended or the time was up first."""
         try:
@@ -232,7 +239,9 @@ class CloudSession:
         deep = None
         if not stale:
             # A later Step may start lower already, and truncates when its turn comes.
-            self.committed = min([step.start + step.n, *(later.start for later in self._unanswered)])
+            end = min([step.start + step.n, *(later.start for later in self._unanswered)])
+            # What an older epoch has put into the cloud's cache may be tokens that were wrong.
+            self.committed = end if step.epoch == self.epoch else min(end, self.committed)
             rows = {NONE: 0, LAST: 1, ALL: step.n}[step.want]
             try:
                 if rows:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from hat_runtime.device.sampling import SamplingParams
-from hat_runtime.device.worker import Advanced, DeviceFull, Job, Worker, deliver
+from hat_runtime.device.chain import DraftPlan, Speculation
+from hat_runtime.device.drafting.base import Drafter, DraftState
+from hat_runtime.device.jobs import DeviceFull, Job, ShallowJob, Turn, TurnJob
+from hat_runtime.device.worker import Worker, deliver
 from hat_runtime.model.attention import make_backend
 from hat_runtime.model.hf import (
     DecoderSlice,
@@ -23,7 +25,7 @@ from hat_runtime.model.pages import KvCache, PagedSequence
 from hat_runtime.model.runner import LayerRunner, make_cache
 from hat_runtime.model.split import LayerRange
 
-__all__ = ["Advanced", "DeviceFull", "DeviceModel"]
+__all__ = ["DeviceFull", "DeviceModel", "Turn"]
 
 _GATHER_S = 0.001
 """Wait for the other deep states of one cloud pass, which arrive as one message each."""
@@ -44,7 +46,9 @@ class DeviceModel:
         *,
         context_length: int,
         eos_token_ids: frozenset[int],
+        drafter: Drafter | None = None,
     ) -> None:
+        self.drafter = drafter
         self.layers = layers.layers
         self.hidden_size = layers.hidden_size
         self.dtype = layers.dtype
@@ -52,10 +56,11 @@ class DeviceModel:
         self.context_length = context_length
         self.eos_token_ids = eos_token_ids
         self.cache = cache
-        self._worker = Worker(ends, runner)
+        self._worker = Worker(ends, runner, drafter)
         self.rounds_in_flight = 0
         """Rounds that this device's sessions have sent and not got back yet (kept by the sessions)."""
         self._gathered: list[Job] = []
+        self._gathered_rows = 0
         self._gather_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -74,6 +79,7 @@ class DeviceModel:
         attention: str = "sdpa",
         kv_tokens: int = 32768,
         page_tokens: int = 16,
+        make_drafter: Callable[[DeviceEnds], Drafter | None] = lambda ends: None,
     ) -> DeviceModel:
         """Load embedding, layers 0:input_layers, final norm and head from a model folder (whole or device part).
 
@@ -85,6 +91,7 @@ class DeviceModel:
             attention: backend, as `make_backend` names it.
             kv_tokens: tokens that all sessions of this device may hold together.
             page_tokens: tokens of one KV page.
+            make_drafter: makes what drafts, from embedding and head.
 
         Raises:
             ModelError: the folder or its architecture cannot be used.
@@ -100,12 +107,21 @@ class DeviceModel:
             LayerRunner(layers, cache, make_backend(attention)),
             context_length=context_length(folder),
             eos_token_ids=eos_token_ids(folder),
+            drafter=make_drafter(ends),
         )
 
-    async def shallow(self, sequence: PagedSequence, ids: Sequence[int], start: int) -> torch.Tensor:
+    async def shallow(
+        self, sequence: PagedSequence, ids: Sequence[int], start: int, state: DraftState | None = None
+    ) -> torch.Tensor:
         """Embed `ids` and run the input layers on them, at positions start, start + 1, ...
 
         A start before the sequence's end truncates the sequence first.
+
+        Args:
+            sequence: holds at least `start` tokens.
+            ids: at least one.
+            start: position of the first.
+            state: the drafter's memory of the text, which is told of them.
 
         Returns:
             Shallow hidden states [len(ids), hidden_size].
@@ -114,39 +130,39 @@ class DeviceModel:
             DeviceFull: too few KV pages; the sequence ends at `start` at most.
         """
         future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
-        self._worker.submit([Job(sequence, future, list(ids), start)])
+        self._worker.submit([ShallowJob(sequence, future, list(ids), start, state)])
         return await future
 
-    async def advance(
+    async def turn(
         self,
-        sequence: PagedSequence,
-        deep: torch.Tensor,
-        params: SamplingParams,
-        position: int,
-        stop_ids: frozenset[int] = frozenset(),
+        speculation: Speculation,
+        deep: torch.Tensor | None,
+        plan: DraftPlan,
         *,
-        embed_new: bool = True,
+        most: int = 1,
+        branch: int | None = None,
         batch_tokens: int = 0,
-    ) -> Advanced:
-        """Head, sampling, and the shallow state of the new token, in one hop to the worker.
+    ) -> Turn:
+        """Judge deep states, if any, by head and sampling; then run what is new through the input layers, and draft.
 
         Args:
-            sequence: holds `position` tokens.
-            deep: deep state [1, hidden_size] of the last of them.
-            params: how to sample.
-            position: absolute index of the new token.
-            stop_ids: tokens that end the text, so that no shallow state is needed.
-            embed_new: False for the last token of a text.
+            speculation: the answer's certain tokens and drafts; changed in place.
+            deep: deep states [n, hidden_size] of the last certain token and of the n - 1 drafts behind it, or None.
+            plan: how far to draft.
+            most: tokens that the text may still grow by.
+            branch: draft what follows if this token, and not the chain's, comes behind the drafts that were sent.
             batch_tokens: rows of the cloud's pass that `deep` comes from. If other rounds of this device may have
                 been in it, they are waited for (1 ms at most): sessions that are batched once stay batched, here
                 and in the cloud.
-
-        Raises:
-            DeviceFull: too few KV pages. The same call may be repeated: it gives the same token.
         """
-        future: asyncio.Future[Advanced] = asyncio.get_running_loop().create_future()
-        self._gathered.append(Job(sequence, future, [], position, deep, params, stop_ids, embed_new))
-        if len(self._gathered) >= min(batch_tokens, len(self._gathered) + self.rounds_in_flight):
+        future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
+        job = TurnJob(speculation, future, deep, plan, most=most, branch=branch)
+        if deep is None:
+            self._worker.submit([job])
+            return await future
+        self._gathered.append(job)
+        self._gathered_rows += len(deep)
+        if self._gathered_rows >= batch_tokens or self.rounds_in_flight == 0:
             self._flush()
         elif self._gather_timer is None:
             self._gather_timer = asyncio.get_running_loop().call_later(_GATHER_S, self._flush)
@@ -157,12 +173,29 @@ class DeviceModel:
             self._gather_timer.cancel()
             self._gather_timer = None
         gathered, self._gathered = self._gathered, []
+        self._gathered_rows = 0
         if gathered:
             self._worker.submit(gathered)
 
-    def release(self, sequence: PagedSequence) -> None:
-        """Give back the sequence's pages, after the jobs that are already queued."""
-        self._worker.call(lambda: self.cache.release(sequence))
+    def open_drafting(self) -> DraftState:
+        """The drafter's memory of a new conversation."""
+        return DraftState() if self.drafter is None else self.drafter.open()
+
+    def prepare_drafts(self, state: DraftState, tokens: Sequence[int]) -> None:
+        """Let the drafter take in the text so far, after the jobs that are already queued: the device is idle now."""
+        if self.drafter is not None:
+            drafter = self.drafter
+            self._worker.call(lambda: drafter.prepare(state, tokens))
+
+    def release(self, sequence: PagedSequence, state: DraftState | None = None) -> None:
+        """Give back the sequence's pages and the drafter's, after the jobs that are already queued."""
+
+        def run() -> None:
+            self.cache.release(sequence)
+            if self.drafter is not None and state is not None:
+                self.drafter.release(state)
+
+        self._worker.call(run)
 
     async def call(self, function: Callable[[], None]) -> None:
         """Run a function on the worker thread, between passes, and wait for it."""

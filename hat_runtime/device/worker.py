@@ -1,7 +1,8 @@
 """The one thread that computes for all sessions of a device.
 
 One thread, because torch keeps an OpenMP team per calling thread, and because whatever waits when the thread comes back
-is one batch: the head over all rows at once, then the input layers over all new tokens at once.
+is one batch: the head over all checked rows at once, then the input layers over all new tokens at once, then the
+drafter. A job that drafts takes several such passes; jobs that arrive meanwhile join the next one.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from hat_runtime.device.sampling import SamplingParams, sample
-from hat_runtime.errors import HatError
+from hat_runtime.device.drafting.base import Drafter
+from hat_runtime.device.jobs import DeviceFull, Job, TurnJob
 from hat_runtime.model.hf import DeviceEnds
-from hat_runtime.model.pages import OutOfPages, PagedSequence
+from hat_runtime.model.pages import OutOfPages
 from hat_runtime.model.runner import LayerRunner, Segment
 
 log = logging.getLogger(__name__)
@@ -30,42 +30,15 @@ _BATCH_TOKENS = 512
 """New tokens after which the worker stops collecting jobs for one pass, so that short jobs do not wait long."""
 
 
-class DeviceFull(HatError):
-    """The device's KV pages cannot hold the session; others must end first."""
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """One decoding step on the device."""
-
-    token_id: int
-    hidden: torch.Tensor | None
-    """Shallow state [1, hidden_size] of the new token; None for a stop token or where none was asked for."""
-
-
-@dataclass(eq=False)
-class Job:
-    """New tokens of one session: their ids are known, or the head finds them."""
-
-    sequence: PagedSequence
-    future: asyncio.Future[Any]
-    ids: list[int] = field(default_factory=list)
-    start: int = 0
-    deep: torch.Tensor | None = None
-    """[1, hidden_size] where the job begins with head and sampling: its token becomes `ids`."""
-    params: SamplingParams = field(default_factory=SamplingParams)
-    stop_ids: frozenset[int] = frozenset()
-    embed_new: bool = True
-
-
 class Worker:
     """Runs jobs in the order of their submission, as many at once as a pass may hold."""
 
-    def __init__(self, ends: DeviceEnds, runner: LayerRunner) -> None:
+    def __init__(self, ends: DeviceEnds, runner: LayerRunner, drafter: Drafter | None = None) -> None:
         self.shallow_s_per_token = 0.0
         """Duration of the latest input pass of at least 16 tokens, per token."""
         self._ends = ends
         self._runner = runner
+        self._drafter = drafter
         self._queue: queue.SimpleQueue[list[Job] | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="hat-device-model", daemon=True)
         self._thread.start()
@@ -88,23 +61,24 @@ class Worker:
     @torch.inference_mode()
     def _work(self) -> None:
         waiting: deque[Job | Callable[[], None] | None] = deque()
+        running: list[Job] = []  # jobs in the middle of their drafts
         while True:
-            self._collect(waiting)
-            jobs: list[Job] = []
-            while waiting and isinstance(head := waiting[0], Job) and self._fits(head, jobs):
+            self._collect(waiting, block=not running)
+            new: list[Job] = []
+            while waiting and isinstance(head := waiting[0], Job) and self._fits(head, running + new):
                 waiting.popleft()
                 if not head.future.cancelled():
-                    jobs.append(head)
-            if jobs:
-                self._run_safely(jobs)
+                    new.append(head)
+            if running or new:
+                running = self._run_safely(running, new)
             elif waiting and not isinstance(head := waiting.popleft(), Job):
                 if head is None:
                     return
                 head()
 
-    def _collect(self, waiting: deque[Job | Callable[[], None] | None]) -> None:
+    def _collect(self, waiting: deque[Job | Callable[[], None] | None], *, block: bool) -> None:
         """Take over everything that is in the queue; wait for something only if there is nothing to do."""
-        while not waiting or not self._queue.empty():
+        while (block and not waiting) or not self._queue.empty():
             item = self._queue.get()
             if isinstance(item, list):
                 waiting.extend(item)
@@ -119,47 +93,85 @@ class Worker:
             and all(other.sequence is not job.sequence for other in jobs)
         )
 
-    def _run_safely(self, jobs: list[Job]) -> None:
+    def _run_safely(self, running: list[Job], new: list[Job]) -> list[Job]:
+        """One pass; the jobs that need another one."""
+        jobs = [job for job in running if not job.future.cancelled()] + new
         try:
-            self._run(jobs)
+            return self._run(jobs, new)
         except Exception as error:
             log.exception("a pass over %d sessions failed on the device", len(jobs))
-            deliver([(job.future, error) for job in jobs])
+            deliver([(job.future, error) for job in jobs if not job.delivered])
+            return []
 
-    def _run(self, jobs: list[Job]) -> None:
-        self._sample([job for job in jobs if job.deep is not None])
-        results: dict[int, Any] = {}
-        running: list[Job] = []
+    def _run(self, jobs: list[Job], new: list[Job]) -> list[Job]:
+        self._judge([job for job in new if isinstance(job, TurnJob) and job.deep is not None])
+        results: list[tuple[Job, Any]] = []
+        ready: list[Job] = []
         for job in jobs:
-            if not job.embed_new:
-                results[id(job)] = Advanced(job.ids[0], None)
+            if not job.ids:
+                ready.append(job)
                 continue
             try:
                 self._make_room(job)
-                running.append(job)
+                ready.append(job)
             except OutOfPages as error:
-                results[id(job)] = DeviceFull(
-                    f"the device's KV cache is full: {job.start + len(job.ids)} tokens do not fit ({error}); "
-                    "end other sessions or raise the device's KV tokens"
-                )
-        for job, hidden in zip(running, self._input_pass(running), strict=True):
-            results[id(job)] = hidden if job.deep is None else Advanced(job.ids[0], hidden)
-        deliver([(job.future, results[id(job)]) for job in jobs])
+                if isinstance(job, TurnJob):
+                    job.no_room()
+                    results.append((job, job.result()))
+                else:
+                    results.append((job, self._device_full(job, error)))
+        embedding = [job for job in ready if job.ids]
+        for job, hidden in zip(embedding, self._input_pass(embedding), strict=True):
+            job.embedded(hidden)
+        results += [(job, job.result()) for job in ready if not job.wants_draft]
+        drafting = [job for job in ready if isinstance(job, TurnJob) and job.wants_draft]
+        going_on = self._draft(drafting, results)
+        for job, _ in results:
+            job.delivered = True
+        if results:
+            deliver([(job.future, result) for job, result in results])
+        return list(going_on)
 
-    def _sample(self, jobs: list[Job]) -> None:
-        """Head and sampling: fills in `ids`, and clears `embed_new` where a stop token came."""
+    def _judge(self, jobs: list[TurnJob]) -> None:
+        """Head and sampling: which drafts stay, and the token behind them."""
         if not jobs:
             return
-        logits = self._ends.head(torch.cat([job.deep for job in jobs if job.deep is not None]))
-        for job, row in zip(jobs, logits, strict=True):
-            token = sample(row, job.params, job.start)
-            job.ids = [token]
-            job.embed_new = job.embed_new and token not in job.stop_ids
+        normed = self._ends.final_norm(torch.cat([job.deep for job in jobs if job.deep is not None]))
+        logits = self._ends.logits(normed)
+        first = 0
+        for job in jobs:
+            assert job.deep is not None
+            rows = slice(first, first + len(job.deep))
+            job.judge(logits[rows], normed[rows])
+            first = rows.stop
+
+    def _draft(self, jobs: list[TurnJob], results: list[tuple[Job, Any]]) -> list[TurnJob]:
+        """One more draft for each job; those that have enough now get their result."""
+        if not jobs:
+            return []
+        assert self._drafter is not None
+        now = time.perf_counter()
+        for job in jobs:
+            job.draft_from = job.draft_from or now
+        going_on = []
+        for job, draft in zip(jobs, self._drafter.propose([job.wish() for job in jobs]), strict=True):
+            if draft is not None and job.drafted(draft):
+                going_on.append(job)
+            else:
+                results.append((job, job.result()))
+        return going_on
 
     def _make_room(self, job: Job) -> None:
         if job.start < job.sequence.length:
             self._runner.cache.truncate(job.sequence, job.start)
         self._runner.cache.reserve(job.sequence, job.start + len(job.ids))
+
+    @staticmethod
+    def _device_full(job: Job, error: OutOfPages) -> DeviceFull:
+        return DeviceFull(
+            f"the device's KV cache is full: {job.start + len(job.ids)} tokens do not fit ({error}); "
+            "end other sessions or raise the device's KV tokens"
+        )
 
     def _input_pass(self, jobs: list[Job]) -> list[torch.Tensor]:
         if not jobs:

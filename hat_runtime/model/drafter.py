@@ -28,6 +28,8 @@ from hat_runtime.errors import ModelError
 
 KINDS = ("adapter", "feature", "layer")
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "drafters"
+"""Drafters that come with HAT (docs/benchmarks/drafters.md says how they were made)."""
 
 
 @dataclass(frozen=True)
@@ -178,3 +180,25 @@ def load_drafter(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[
     except RuntimeError as error:
         raise ModelError(f"{path}: its tensors do not fit its description: {error}") from error
     return net.to(device=device, dtype=dtype).eval().requires_grad_(False), ids.to(device)
+
+
+def check_fit(path: Path, info: DrafterInfo, weights_id: str, input_layers: int) -> None:
+    """Refuse a drafter of another model or split. Raises ModelError with both values."""
+    for name, of_file, wanted in (
+        ("weights_id", info.weights_id, weights_id),
+        ("input_layers", info.input_layers, input_layers),
+    ):
+        if of_file != wanted:
+            raise ModelError(f"{path} was trained for {name} {of_file}, but the model has {wanted}")
+
+
+def file_name(kind: str, weights_id: str, input_layers: int) -> str:
+    """By which a drafter is found."""
+    return f"{weights_id[:16]}-m{input_layers}-{kind}.safetensors"
+
+
+def find_drafter(kind: str, weights_id: str, input_layers: int, folder: Path | None = None) -> Path | None:
+    """The file of a trained drafter: in the model folder's `drafters`, or among those that come with HAT."""
+    name = file_name(kind, weights_id, input_layers)
+    places = [SHIPPED] if folder is None else [folder / "drafters", SHIPPED]
+    return next((place / name for place in places if (place / name).is_file()), None)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
@@ -24,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from hat_runtime.errors import ModelError
 from hat_runtime.model.attention import AttentionBatch
-from hat_runtime.model.packed import can_pack, pack_linears
+from hat_runtime.model.packed import can_pack, pack_linears, packed_linear
 from hat_runtime.model.packed_layer import pack_layers
 from hat_runtime.model.split import LayerRange
 from hat_runtime.model.weights import EMBED, HEAD, NORM, TensorIndex, layer_of
@@ -122,6 +121,8 @@ class DeviceEnds:
         self._embedding = embedding
         self._norm = norm
         self._head = head
+        # Checked rows of a round share a pass of the head: plain, two rows would cost what thirty do.
+        self._logits = packed_linear(head)
         self.device: torch.device = head.device
         self.vocab_size: int = head.shape[0]
 
@@ -134,13 +135,19 @@ class DeviceEnds:
     @torch.inference_mode()
     def head(self, deep: torch.Tensor) -> torch.Tensor:
         """Deep states [T, hidden_size] (before the final norm) -> logits float32 [T, vocab_size]."""
-        return F.linear(self.final_norm(deep), self._head).float()
+        return self.logits(self.final_norm(deep))
 
     @torch.inference_mode()
     def final_norm(self, deep: torch.Tensor) -> torch.Tensor:
         """Deep states [T, hidden_size] -> what the head reads: the same after the final norm."""
         normed: torch.Tensor = self._norm(deep.to(self.device))
         return normed
+
+    @torch.inference_mode()
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Deep states [T, hidden_size] after the final norm -> logits float32 [T, vocab_size]."""
+        logits: torch.Tensor = self._logits(normed)
+        return logits.float()
 
     def head_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The head's rows of token ids int64 [k]: [k, hidden_size], a copy."""

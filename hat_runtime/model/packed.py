@@ -75,6 +75,13 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
+def packed_linear(weight: torch.Tensor) -> torch.nn.Module:
+    """x [..., in] -> x weight^T [..., out] for weight [out, in], packed where that helps."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return PackedLinear(linear) if can_pack(weight.dtype, weight.device) else linear
+
+
 def pack_linears(module: torch.nn.Module) -> None:
     """Replace every gated MLP and `torch.nn.Linear` below `module` by its packed form; the plain weights go."""
     for name, child in list(module.named_children()):

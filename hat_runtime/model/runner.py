@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,12 +21,23 @@ class Segment:
     hidden: torch.Tensor
     wanted: bool = True
     """False: only its keys and values matter, as for all but the last chunk of a prompt."""
+    offset: int = 0
+    """Position of the sequence's first token in its text, where the cache does not begin with the text."""
+
+
+class Layers(Protocol):
+    """What computes hidden states from hidden states, with keys and values in a paged cache."""
+
+    device: torch.device
+
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Packed rows [T, width] at positions int64 [T] -> [T, hidden_size]; writes the new keys and values."""
 
 
 class LayerRunner:
     """A slice of layers with the KV cache of its sequences. Not thread-safe: one thread owns it."""
 
-    def __init__(self, layers: DecoderSlice, cache: KvCache, backend: AttentionBackend) -> None:
+    def __init__(self, layers: Layers, cache: KvCache, backend: AttentionBackend) -> None:
         self.layers = layers
         self.cache = cache
         self.backend = backend
@@ -68,7 +80,12 @@ class LayerRunner:
             first += count
         device = self.layers.device
         hidden = torch.cat([segment.hidden.to(device) for segment in segments])
-        positions = torch.cat([torch.arange(s.start, s.total, device=device) for s in spans])
+        positions = torch.cat(
+            [
+                torch.arange(span.start + segment.offset, span.total + segment.offset, device=device)
+                for span, segment in zip(spans, segments, strict=True)
+            ]
+        )
         cache_only = not any(segment.wanted for segment in segments)
         batch = AttentionBatch(self.backend, self.cache, spans, cache_only=cache_only)
         deep = self.layers.forward(hidden, positions, batch)

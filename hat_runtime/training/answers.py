@@ -96,7 +96,9 @@ def write_answers(
     # fair sample of the prompts.
     random.Random(0).shuffle(waiting)
     waiting.sort(key=lambda key: key[1])
-    waiting = [key for block in _blocks(waiting) for key in sorted(block, key=lambda key: len(prompts[key[0]]))]
+    waiting = [
+        key for block in _blocks(waiting) for key in sorted(block, key=lambda key: len(prompts[key[0]]))
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         for answer in _answer_all(teacher, prompts, waiting, options):

@@ -109,7 +109,10 @@ def _causal(own: _Heads, first: int) -> torch.Tensor:
     """Attention of positions from `first` on over all before them and themselves: [n, heads * head_dim]."""
     query = own.query[first:].transpose(0, 1)
     total = len(own.key)
-    mask = torch.arange(total, device=query.device)[None] <= torch.arange(first, total, device=query.device)[:, None]
+    mask = (
+        torch.arange(total, device=query.device)[None]
+        <= torch.arange(first, total, device=query.device)[:, None]
+    )
     key, value = own.key.transpose(0, 1), own.value.transpose(0, 1)
     attended = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)
     return attended[0].transpose(0, 1).flatten(1)

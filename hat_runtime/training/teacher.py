@@ -68,7 +68,9 @@ class Teacher:
         """
         where, total = torch.device(device), num_layers(folder)
         if not 0 < input_layers < total:
-            raise UsageError(f"--input-layers {input_layers}: the model has {total} layers, so 1 to {total - 1}")
+            raise UsageError(
+                f"--input-layers {input_layers}: the model has {total} layers, so 1 to {total - 1}"
+            )
         pages = -(-kv_tokens // _PAGE_TOKENS)
         backend = make_backend("sdpa")
         lower = load_decoder_slice(folder, LayerRange(0, input_layers), dtype, where)
@@ -77,8 +79,12 @@ class Teacher:
         self.context_length = context_length(folder)
         self.eos_token_ids = eos_token_ids(folder)
         self.hidden_size = lower.hidden_size
-        self._lower = LayerRunner(lower, make_cache(lower, num_pages=pages, page_tokens=_PAGE_TOKENS), backend)
-        self._upper = LayerRunner(upper, make_cache(upper, num_pages=pages, page_tokens=_PAGE_TOKENS), backend)
+        self._lower = LayerRunner(
+            lower, make_cache(lower, num_pages=pages, page_tokens=_PAGE_TOKENS), backend
+        )
+        self._upper = LayerRunner(
+            upper, make_cache(upper, num_pages=pages, page_tokens=_PAGE_TOKENS), backend
+        )
 
     @torch.inference_mode()
     def run(self, texts: Sequence[TeacherText], new_ids: Sequence[Sequence[int]]) -> list[States]:

@@ -156,7 +156,9 @@ class Trainer:
         """Cross-entropy with the teacher's likeliest tokens, among those that drafts may be, and SmoothL1."""
         columns = self._column[_taught(texts, found, "top_ids").long()]
         weights = _taught(texts, found, "top_p").float() * (columns >= 0)
-        loss: torch.Tensor = TopTokensCrossEntropy.apply(found.rows, self._head, columns.clamp_min(0), weights)
+        loss: torch.Tensor = TopTokensCrossEntropy.apply(
+            found.rows, self._head, columns.clamp_min(0), weights
+        )
         if self.options.feature_weight:
             deep = _taught(texts, found, "deep").float()
             loss = loss + self.options.feature_weight * F.smooth_l1_loss(found.rows.float(), deep)
@@ -187,8 +189,10 @@ class Trainer:
         if self._device == "cpu":
             return text
         return TextStates(
-            *(getattr(text, name).to(self._device) if name != "prompt_tokens" else text.prompt_tokens
-              for name in TextStates.__dataclass_fields__)
+            *(
+                getattr(text, name).to(self._device) if name != "prompt_tokens" else text.prompt_tokens
+                for name in TextStates.__dataclass_fields__
+            )
         )
 
     def _schedule(self) -> float:

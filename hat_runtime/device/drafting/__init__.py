@@ -1,0 +1,1 @@
+"""What drafts tokens on the device."""

@@ -1,0 +1,260 @@
+"""What a device's worker is asked to do for one session."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hat_runtime.device.chain import DraftPlan, Speculation, common_prefix
+from hat_runtime.device.drafting.base import Draft, DraftState, Wish
+from hat_runtime.device.verify import REJECTION, judge
+from hat_runtime.errors import HatError
+from hat_runtime.model.pages import PagedSequence
+
+
+class DeviceFull(HatError):
+    """The device's KV pages cannot hold the session; others must end first."""
+
+
+class Job(ABC):
+    """Tokens of one session for the input layers, and what comes of them."""
+
+    def __init__(self, sequence: PagedSequence, future: asyncio.Future[Any]) -> None:
+        self.sequence = sequence
+        self.future = future
+        self.ids: list[int] = []
+        """What the input layers run next; none: the job has what it needs."""
+        self.start = 0
+        """Position of the first of them."""
+        self.wants_draft = False
+        """After the input layers the drafter is to be asked."""
+        self.draft_from = 0.0
+        """time.perf_counter() when the drafter was asked first; 0: not yet."""
+        self.delivered = False
+
+    @abstractmethod
+    def embedded(self, hidden: torch.Tensor) -> None:
+        """Take the shallow states [len(ids), hidden_size]."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What the job's future gets."""
+
+
+class ShallowJob(Job):
+    """Known tokens: a prompt's chunk, or what an eviction has taken. Its result are their shallow states."""
+
+    def __init__(
+        self,
+        sequence: PagedSequence,
+        future: asyncio.Future[torch.Tensor],
+        ids: list[int],
+        start: int,
+        state: DraftState | None,
+    ) -> None:
+        super().__init__(sequence, future)
+        self.ids, self.start = ids, start
+        self._state = state
+        self._hidden = torch.empty(0)
+
+    def embedded(self, hidden: torch.Tensor) -> None:
+        """See Job."""
+        self._hidden = hidden
+        if self._state is not None:
+            self._state.note(self.start, hidden, None)
+
+    def result(self) -> torch.Tensor:
+        """[n, hidden_size]"""
+        return self._hidden
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a judged Step, or a moment of drafting, gave."""
+
+    tokens: list[int]
+    """Certain now, in order."""
+    refused: bool = False
+    """The last of them replaces a draft: what was sent behind it is void."""
+    fresh: bool = False
+    """The last of them was not among the drafts: the chain has begun anew behind it."""
+    judged: tuple[tuple[Draft, bool], ...] = ()
+    """Drafts with what the target said of them."""
+    dropped: int = 0
+    """Drafts that went with a refused one, itself included."""
+    hit: bool = False
+    """The token behind the chain was one of the branches."""
+    starved: bool = False
+    """There was no room in the KV cache for the last token: it has no shallow state yet."""
+    draft_s: float = 0.0
+    """Seconds spent on drafts."""
+    drafts: int = 0
+    """How many were made."""
+
+
+class TurnJob(Job):
+    """Judge deep states, if any; then draft."""
+
+    def __init__(
+        self,
+        speculation: Speculation,
+        future: asyncio.Future[Turn],
+        deep: torch.Tensor | None,
+        plan: DraftPlan,
+        *,
+        most: int = 1,
+        branch: int | None = None,
+    ) -> None:
+        """Describe the job.
+
+        Args:
+            speculation: the answer's chain.
+            future: for the Turn.
+            deep: deep states [n, hidden_size] of the last certain token and of the first n - 1 drafts; None: nothing is
+                judged, the chain only grows.
+            plan: how far to draft.
+            most: tokens that the text may still grow by.
+            branch: draft what may follow if this token, and not the chain's, comes behind the last draft.
+        """
+        super().__init__(speculation.sequence, future)
+        self.deep = deep
+        self._spec = speculation
+        self._plan = plan
+        self._most = most
+        self._branch = branch
+        self._grown: list[Draft] = []
+        self._turn = Turn([])
+        self._starved = False
+        if deep is None:
+            self._extend()
+
+    def judge(self, logits: torch.Tensor, normed: torch.Tensor) -> None:
+        """Check the chain's drafts; logits float32 [n, vocabulary] and normed deep states [n, hidden_size]."""
+        spec = self._spec
+        position, drafts = len(spec.tokens), list(spec.drafts)
+        verdict = judge(
+            logits,
+            drafts,
+            spec.params,
+            position,
+            sampler=spec.sampler,
+            stop_ids=spec.stop_ids,
+            most=self._most,
+        )
+        accepted = verdict.accepted
+        judged = [(draft, True) for draft in drafts[:accepted]]
+        if verdict.refused:
+            judged.append((drafts[accepted], False))
+        last = verdict.tokens[-1]
+        fresh = len(verdict.tokens) > accepted
+        ended = len(verdict.tokens) >= self._most or last in spec.stop_ids
+        spec.confirm(accepted, normed)
+        hit, dropped = False, len(drafts) - accepted if fresh or ended else 0
+        if fresh:
+            branch = spec.branches.get(last) if verdict.refused and spec.point == 0 else None
+            spec.restart()
+            spec.tokens.append(last)
+            spec.fresh = normed[accepted : accepted + 1]
+            if branch is not None:
+                hit = True
+                spec.drafts = list(branch)
+        elif ended:
+            spec.restart()
+        self._turn = Turn(verdict.tokens, verdict.refused, fresh, tuple(judged), dropped, hit)
+        # Where the text ends, nobody needs the last token's states.
+        if not ended and (fresh or not self._plan.enough(spec.drafts)):
+            self._extend()
+
+    def embedded(self, hidden: torch.Tensor) -> None:
+        """See Job."""
+        spec, first, tokens = self._spec, self.start, self.ids
+        self.ids = []
+        certain = max(0, len(spec.tokens) - first)
+        if certain:
+            last, hidden = hidden[certain - 1 : certain], hidden[certain:]
+            spec.cached, spec.held, spec.hidden[:1] = len(spec.tokens), [], [last]
+            if spec.fresh is not None:
+                spec.noted.append((len(spec.tokens) - 1, last, spec.fresh))
+                spec.tell_drafter()
+                spec.fresh = None
+            first, tokens = len(spec.tokens), tokens[certain:]
+        behind = first - len(spec.tokens)
+        spec.held[behind:] = tokens
+        if self._branch is None:
+            spec.hidden[behind + 1 :] = hidden.split(1) if len(hidden) else ()
+        for index in range(len(hidden)):
+            spec.state.note_draft(first + index, hidden[index : index + 1])
+        self.wants_draft = not self._plan.enough(self._all())
+
+    def wish(self) -> Wish:
+        """What the drafter is asked."""
+        spec = self._spec
+        return Wish(
+            spec.state,
+            self._text(),
+            spec.params,
+            spec.sampler == REJECTION and spec.params.temperature > 0,
+            self._plan.others,
+        )
+
+    def drafted(self, draft: Draft) -> bool:
+        """Take a draft; whether another pass follows."""
+        spec = self._spec
+        self._grown.append(draft)
+        self.wants_draft = False
+        if self._branch is not None:
+            self.start = len(spec.tokens) + spec.point + len(self._grown)
+            if self._plan.enough(self._grown):
+                return False  # a branch's last draft is run when the branch is taken
+        else:
+            spec.drafts.append(draft)
+            self.start = spec.end - 1
+        self.ids = [draft.token]
+        return True
+
+    def no_room(self) -> None:
+        """There is no room in the KV cache: do without drafts."""
+        spec = self._spec
+        if self._branch is None:
+            del spec.drafts[max(0, len(spec.hidden) - 1) :]
+        self.ids = []
+        self._starved = spec.cached < len(spec.tokens)
+
+    def result(self) -> Turn:
+        """See Job."""
+        if self._branch is not None and self._turn.tokens == []:
+            self._spec.branches[self._branch] = list(self._grown)
+            self._spec.state.forget(len(self._spec.tokens) + self._spec.point)
+        took = time.perf_counter() - self.draft_from if self.draft_from else 0.0
+        return replace(self._turn, starved=self._starved, draft_s=took, drafts=len(self._grown))
+
+    def _text(self) -> list[int]:
+        spec = self._spec
+        if self._branch is None:
+            return spec.text
+        drafts = [draft.token for draft in spec.drafts[: spec.point]]
+        return [*spec.tokens, *drafts, self._branch, *(draft.token for draft in self._grown)]
+
+    def _all(self) -> list[Draft]:
+        return self._spec.drafts if self._branch is None else self._grown
+
+    def _extend(self) -> None:
+        """Run what the cache lacks of the chain, or of the branch's first token and what is before it; then draft."""
+        spec = self._spec
+        drafts = spec.drafts if self._branch is None else spec.drafts[: spec.point]
+        wanted = [draft.token for draft in drafts]
+        if self._branch is not None:
+            wanted.append(self._branch)
+        if spec.cached < len(spec.tokens):
+            self.start, self.ids = spec.cached, [*spec.tokens[spec.cached :], *wanted]
+            return
+        same = common_prefix(wanted, spec.held)
+        self.start, self.ids = len(spec.tokens) + same, wanted[same:]
+        del spec.held[same:]
+        if not self.ids:
+            self.wants_draft = not self._plan.enough(self._all())

@@ -1,0 +1,146 @@
+"""How a device drafts: its settings, and what it has learnt of drafter, link and cloud."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hat_runtime.control.drafting import (
+    Calibration,
+    RoundTimes,
+    StopRule,
+    Throttle,
+    window_tokens,
+    worth_sending_ahead,
+)
+from hat_runtime.device.chain import NO_DRAFTS, DraftPlan, Speculation
+from hat_runtime.device.drafting.base import Draft
+from hat_runtime.device.jobs import Turn
+from hat_runtime.device.verify import COUPLED, SAMPLERS
+from hat_runtime.errors import UsageError
+
+MOST_AHEAD = 32
+"""Drafts that are never exceeded, sent or not."""
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Settings of drafting."""
+
+    max_draft: int = 6
+    """gamma: most drafts of a round."""
+    stop_threshold: float | None = None
+    """eta: a round's drafts end with one of less confidence; None: when one more is not worth its time."""
+    window: int | None = None
+    """Rounds in flight; None: as many as pay."""
+    branches: int = 1
+    """Candidates for the token behind a round whose continuations are drafted while the round is checked."""
+    sampler: str = COUPLED
+    adaptive: bool = True
+    """Stop drafting where it does not pay."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_draft <= MOST_AHEAD:
+            raise UsageError(f"--max-draft {self.max_draft}: must be 1 to {MOST_AHEAD}")
+        if self.stop_threshold is not None and not 0 <= self.stop_threshold <= 1:
+            raise UsageError(f"--stop-threshold {self.stop_threshold}: must be auto or 0 to 1")
+        if self.window is not None and not 1 <= self.window <= 16:
+            raise UsageError(f"--window {self.window}: must be auto or 1 to 16 rounds")
+        if not 1 <= self.branches <= 8:
+            raise UsageError(f"branches {self.branches}: must be 1 to 8")
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"--sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
+
+
+@dataclass
+class DraftPolicy:
+    """Decides for all answers of a device. For the event loop's thread; plans are read by the worker."""
+
+    config: DraftConfig
+    available: bool
+    """There is a drafter."""
+    calibration: Calibration = field(default_factory=Calibration)
+    times: RoundTimes = field(default_factory=RoundTimes)
+    throttle: Throttle = field(default_factory=Throttle)
+    compute_s: float = 0.0
+    """The cloud's part of a round, seen last."""
+    _blocking_s: float = 0.0
+    """Time of the drafts that the round under way had to wait for."""
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the next round should draft."""
+        return self.available and (self.throttle.drafting or not self.config.adaptive)
+
+    def plan(self) -> DraftPlan:
+        """For a round's drafts."""
+        if not self.drafting:
+            return NO_DRAFTS
+        rule = StopRule(self.config.max_draft, self.config.stop_threshold)
+        worth = self.times.least_worth
+        return DraftPlan(
+            lambda drafts: rule.enough([draft.confidence for draft in drafts], self.expected(drafts), worth)
+        )
+
+    def ahead(self, spec: Speculation, sent: int, elapsed_s: float) -> DraftPlan | None:
+        """For one more draft while a round is checked; None: enough.
+
+        Args:
+            spec: the answer's chain.
+            sent: its drafts that were sent.
+            elapsed_s: since then.
+        """
+        unsent = len(spec.drafts) - sent
+        if not self.drafting or self.times.steps_left(elapsed_s) < 1 or len(spec.drafts) >= MOST_AHEAD:
+            return None
+        if unsent > self.config.max_draft or (unsent > 1 and self._round_is_full(spec.drafts[sent + 1 :])):
+            return None
+        goal = len(spec.drafts) + 1
+        others = self.config.branches - 1 if unsent == 0 else 0
+        return DraftPlan(lambda drafts: len(drafts) >= goal, others)
+
+    def branch(self, spec: Speculation, sent: int, elapsed_s: float) -> tuple[int, DraftPlan] | None:
+        """Another candidate for the first draft that was not sent, and how far to draft behind it; None: enough."""
+        room = min(self.config.max_draft, self.times.steps_left(elapsed_s) - 1)
+        if not self.drafting or room < 1 or len(spec.drafts) <= sent:
+            return None
+        left = [token for token in spec.drafts[sent].others if token not in spec.branches]
+        if not left:
+            return None
+        return left[0], DraftPlan(lambda drafts: len(drafts) >= room)
+
+    def send_ahead(self, spec: Speculation, sent: int, in_flight: int) -> bool:
+        """Whether the drafts that were not sent should leave before the rounds in flight were checked."""
+        window = self.config.window
+        if len(spec.drafts) <= sent or (window is not None and in_flight >= window):
+            return False
+        chance = math.prod(self.expected(spec.drafts[: sent + 1]))
+        if window is None:
+            acceptance = chance ** (1 / (sent + 1))
+            if len(spec.drafts) > window_tokens(self.times.wait_s, self.times.draft_s, acceptance):
+                return False
+        return window is not None or worth_sending_ahead(chance, self.times.wait_s, self.compute_s)
+
+    def expected(self, drafts: Sequence[Draft]) -> list[float]:
+        """Acceptance of each draft, calibrated."""
+        return [self.calibration.rate(draft.source, draft.confidence) for draft in drafts]
+
+    def learn(self, turn: Turn) -> None:
+        """What the target said of drafts, and what drafts cost."""
+        for draft, accepted in turn.judged:
+            self.calibration.observe(draft.source, draft.confidence, accepted)
+        if turn.drafts:
+            self.times.saw_draft(turn.draft_s / turn.drafts)
+
+    def after_round(self, took_s: float, turn: Turn) -> None:
+        """A judged round took `took_s` seconds since the one before it."""
+        if self.drafting:
+            self.times.saw_round(took_s, len(turn.tokens), self._blocking_s)
+        self._blocking_s = turn.draft_s
+        self.throttle.after_round(self.times)
+
+    def _round_is_full(self, drafts: Sequence[Draft]) -> bool:
+        rule = StopRule(self.config.max_draft, self.config.stop_threshold)
+        confidences = [draft.confidence for draft in drafts]
+        return rule.enough(confidences, self.expected(drafts), self.times.least_worth)
