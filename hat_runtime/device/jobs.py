@@ -186,7 +186,7 @@ class TurnJob(Job):
         behind = first - len(spec.tokens)
         spec.held[behind:] = tokens
         if self._branch is None:
-            spec.hidden[behind + 1 :] = hidden.split(1) if len(hidden) else ()
+            spec.hidden[behind + 1 :] = [hidden[index : index + 1] for index in range(len(hidden))]
         for index in range(len(hidden)):
             spec.state.note_draft(first + index, hidden[index : index + 1])
         self.wants_draft = not self._plan.enough(self._all())

@@ -90,7 +90,7 @@ class DrafterNet(torch.nn.Module):
 
         Args:
             shallow: shallow states [n, hidden_size].
-            features: kind "feature" only: normed deep states of the positions before, [n, hidden_size], true or guessed.
+            features: kind "feature" only: normed deep states of the positions before, [n, hidden_size].
         """
         if self.shape.kind != "feature":
             return shallow

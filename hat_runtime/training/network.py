@@ -17,6 +17,12 @@ from hat_runtime.model.drafter import DrafterNet, rotate, rotation
 from hat_runtime.training.features import TextStates
 
 
+def split_rows(rows: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Rows of several texts, text by text."""
+    parts: tuple[torch.Tensor, ...] = rows.split(list(counts))  # type: ignore[no-untyped-call]
+    return parts
+
+
 @dataclass(frozen=True)
 class Guesses:
     """What one depth says of all texts."""
@@ -32,7 +38,7 @@ class Guesses:
 
     def split(self) -> list[torch.Tensor]:
         """The rows of each text."""
-        return list(self.rows.split(self.counts))
+        return list(split_rows(self.rows, self.counts))
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def guess_all(net: DrafterNet, texts: Sequence[TextStates], depths: int) -> list
     shallow = [text.shallow[:count] for text, count in zip(texts, counts, strict=True)]
     rows = net.rows(torch.cat(shallow), _true_features(net, texts))
     heads = _heads(net, rows, [0] * len(texts), counts)
-    answers = [part[first:] for part, first in zip(rows.split(counts), prompts, strict=True)]
+    answers = [part[first:] for part, first in zip(split_rows(rows, counts), prompts, strict=True)]
     attended = [_causal(own, first) for own, first in zip(heads, prompts, strict=True)]
     depth_one = net.finish(torch.cat(answers), torch.cat(attended))
     found = [Guesses(list(range(len(texts))), prompts, depth_one, [len(part) for part in answers])]
@@ -102,7 +108,7 @@ def _heads(net: DrafterNet, rows: torch.Tensor, first: Sequence[int], counts: Se
     query, key, value = net.project(rows).split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
     key = rotate(key, turn).repeat_interleave(group, 1)
     packed = (rotate(query, turn), key, value.repeat_interleave(group, 1))
-    return [_Heads(*parts) for parts in zip(*(whole.split(list(counts)) for whole in packed), strict=True)]
+    return [_Heads(*parts) for parts in zip(*(split_rows(whole, counts) for whole in packed), strict=True)]
 
 
 def _causal(own: _Heads, first: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hat_runtime.model.drafter import DrafterNet, DrafterShape
 from hat_runtime.training.features import TextStates
 from hat_runtime.training.loss import TopTokensCrossEntropy
-from hat_runtime.training.network import Guesses, guess_all
+from hat_runtime.training.network import Guesses, guess_all, split_rows
 
 CHECKPOINT_S = 60.0
 
@@ -115,7 +115,7 @@ class Trainer:
 
     @torch.no_grad()
     def acceptance(self, texts: Sequence[TextStates], depths: int = 4) -> Acceptance:
-        """Measured on `texts`, teacher-forced; kinds without features stay at depth 1 (their drafts read true states)."""
+        """Measured on `texts`, teacher-forced; kinds without features stay at depth 1: their drafts read true states."""
         self.net.eval()
         depths = depths if self.net.shape.kind == "feature" else 1
         right, tried = [0] * depths, [0] * depths
@@ -124,7 +124,7 @@ class Trainer:
                 part = [self._moved(text) for text in texts[first : first + 8]]
                 alive: dict[int, torch.Tensor] = {}
                 for depth, found in enumerate(guess_all(self.net, part, depths)):
-                    hits = self._hits(part, found).split(found.counts)
+                    hits = split_rows(self._hits(part, found), found.counts)
                     for index, hit in zip(found.texts, hits, strict=True):
                         before = alive[index][: len(hit)] if depth else torch.ones_like(hit)
                         alive[index] = hit & before
@@ -147,7 +147,7 @@ class Trainer:
         losses = [share * self._loss(batch, guesses) for share, guesses in zip(shares, found, strict=True)]
         loss = torch.stack(losses).sum() / sum(shares)
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
         self._optimiser.step()
         return float(loss.detach())
@@ -188,11 +188,13 @@ class Trainer:
     def _moved(self, text: TextStates) -> TextStates:
         if self._device == "cpu":
             return text
-        return TextStates(
-            *(
-                getattr(text, name).to(self._device) if name != "prompt_tokens" else text.prompt_tokens
-                for name in TextStates.__dataclass_fields__
-            )
+        where = self._device
+        return replace(
+            text,
+            shallow=text.shallow.to(where),
+            deep=text.deep.to(where),
+            top_ids=text.top_ids.to(where),
+            top_p=text.top_p.to(where),
         )
 
     def _schedule(self) -> float:

@@ -1,0 +1,206 @@
+"""Drafts change nothing but the time: whatever drafts, however far, over whatever link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
+from hat_runtime.device.connect import connect
+from hat_runtime.device.generator import Generator, GeneratorConfig
+from hat_runtime.device.policy import DraftConfig
+from hat_runtime.device.sampling import SamplingParams
+from hat_runtime.emulation.link import emulated_link
+from hat_runtime.emulation.spec import LinkSpec
+from tests.runtime.test_generator import Reference, answer, ask, ids, make_prompts
+from tests.tiny_drafters import INPUT_LAYERS, perturbed, train_tiny_drafters
+
+DRAFTERS = ("ngram", "adapter", "feature", "hybrid", "model")
+WINDOWS = (1, 2, None)
+BRANCHES = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def drafters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What --drafter is given, by kind."""
+    folder = tmp_path_factory.mktemp("drafters")
+    trained = train_tiny_drafters(tiny_llama, folder / "trained", ("adapter", "feature"))
+    files = {kind: next(trained.glob(f"*-{kind}.safetensors")) for kind in ("adapter", "feature")}
+    return {
+        "none": "none",
+        "ngram": "ngram",
+        "adapter": f"adapter:{files['adapter']}",
+        "feature": f"feature:{files['feature']}",
+        "hybrid": f"hybrid:{files['feature']}",
+        "model": f"model:{perturbed(tiny_llama, folder / 'perturbed', 0.02)}",
+        "itself": f"model:{tiny_llama}",
+    }
+
+
+@asynccontextmanager
+async def speculating(
+    model: Path, drafter: str, config: DraftConfig, link: str = "", **device: Any
+) -> AsyncIterator[tuple[Generator, RunningCloud]]:
+    """Both sides, over an emulated link if one is named. On the way out no page is left over on either side."""
+    cloud_config = CloudConfig(
+        model, INPUT_LAYERS, dtype="float32", kv_bytes=64 << 20, drain_s=0.1, page_tokens=4
+    )
+    async with running_cloud(cloud_config) as cloud:
+        with emulated_link(cloud.address, LinkSpec.parse(link or "10gbit,0ms")) as emulated:
+            generator = await connect(
+                model,
+                emulated.address if link else cloud.address,
+                "float32",
+                config=GeneratorConfig(chunk_tokens=32, drafting=config),
+                drafter=drafter,
+                page_tokens=4,
+                **({"kv_tokens": 4096} | device),
+            )
+            try:
+                yield generator, cloud
+                generator.conversations.clear()
+                await generator.model.call(lambda: generator.model.cache.check([]))
+            finally:
+                await generator.close()
+            async with asyncio.timeout(10):
+                while cloud.engine.runner.cache.free_pages < cloud.engine.runner.cache.num_pages:
+                    await asyncio.sleep(0.01)
+            await cloud.engine.idle()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> Reference:
+    return Reference(tiny_llama)
+
+
+PROMPTS = make_prompts(5, seed=21, low=5, high=60)
+NEW = 32
+
+
+@pytest.fixture(scope="module")
+def want(reference: Reference) -> list[list[int]]:
+    return [reference.greedy(prompt, NEW) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("link", ["", "100mbit,20ms", "100mbit,100ms,5ms"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+async def test_greedy_text_is_the_whole_models(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str, link: str
+) -> None:
+    """Every window and number of branches; alone and several at a time."""
+    for window in WINDOWS:
+        for branches in BRANCHES:
+            config = DraftConfig(4, window=window, branches=branches, adaptive=False)
+            async with speculating(tiny_llama, drafters[drafter], config, link) as (generator, _):
+                alone = [ask(generator, prompt, NEW) for prompt in PROMPTS[:1]]
+                assert [await ids(generator, request) for request in alone] == want[:1]
+                together = [ask(generator, prompt, NEW) for prompt in PROMPTS]
+                assert await asyncio.gather(*(ids(generator, r) for r in together)) == want
+                assert sum(r.stats.draft_tokens for r in together) > 0
+
+
+@pytest.mark.parametrize("drafter", ["model", "feature", "adapter", "hybrid"])
+async def test_drafts_are_accepted(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str
+) -> None:
+    """Fewer rounds than tokens, and the accounts agree on both sides."""
+    async with speculating(tiny_llama, drafters[drafter], DraftConfig(4, window=1)) as (generator, cloud):
+        requests = [ask(generator, prompt, NEW) for prompt in PROMPTS]
+        for request, text in zip(requests, want, strict=True):
+            assert await ids(generator, request) == text
+        accepted = sum(request.stats.accepted_tokens for request in requests)
+        drafted = sum(request.stats.draft_tokens for request in requests)
+        assert 0 < accepted < drafted
+        rounds = sum(request.stats.rounds for request in requests)
+        assert rounds < sum(map(len, want)) <= rounds + accepted
+        sample = generator.metrics.registry.get_sample_value
+        assert sample("hat_accepted_tokens_total") == accepted
+        assert sample("hat_draft_tokens_total") == drafted
+        assert sample("hat_verify_rounds_total") == rounds
+        assert cloud.metrics.registry.get_sample_value("hat_verify_passes_total") == rounds
+
+
+async def test_the_model_as_its_own_drafter_is_always_right(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]]
+) -> None:
+    """Everything is accepted: a round of 4 drafts gives 5 tokens."""
+    config = DraftConfig(4, stop_threshold=0.0, window=1, adaptive=False)
+    async with speculating(tiny_llama, drafters["itself"], config) as (generator, _):
+        request = ask(generator, PROMPTS[0], 31)
+        assert await ids(generator, request) == want[0][:31]
+        # The prompt's, then 4 drafts and what comes behind them, which may have been drafted as well.
+        assert request.stats.rounds <= 8
+        assert request.stats.accepted_tokens >= 31 - request.stats.rounds
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(0.8, seed=11), SamplingParams(1.3, 0.8, seed=12)])
+async def test_coupled_sampling_is_plain_seeded_sampling(
+    tiny_llama: Path, drafters: dict[str, str], sampling: SamplingParams
+) -> None:
+    async with speculating(tiny_llama, "none", DraftConfig()) as (generator, _):
+        plain = [await answer(generator, prompt, NEW, sampling=sampling) for prompt in PROMPTS[:3]]
+    for drafter in (*DRAFTERS, "itself"):
+        for config in (DraftConfig(4, window=1), DraftConfig(3, branches=3, adaptive=False)):
+            async with speculating(tiny_llama, drafters[drafter], config, "100mbit,20ms") as (generator, _):
+                requests = [ask(generator, prompt, NEW, sampling=sampling) for prompt in PROMPTS[:3]]
+                assert await asyncio.gather(*(ids(generator, r) for r in requests)) == plain
+                if drafter == "itself":
+                    assert sum(r.stats.accepted_tokens for r in requests) > NEW
+
+
+async def test_drafts_beyond_a_stop_token_are_not_part_of_the_text(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]]
+) -> None:
+    stop = want[0][9]
+    config = DraftConfig(6, stop_threshold=0.0, adaptive=False)
+    async with speculating(tiny_llama, drafters["itself"], config, "100mbit,20ms") as (generator, _):
+        request = ask(generator, PROMPTS[0], NEW)
+        request.stop_ids = frozenset({stop})
+        assert await ids(generator, request) == want[0][: want[0].index(stop) + 1]
+        assert request.stats.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("drafter", ["itself", "feature", "hybrid"])
+async def test_the_second_turn_goes_on_behind_what_is_certain(
+    tiny_llama: Path, drafters: dict[str, str], reference: Reference, drafter: str
+) -> None:
+    """What the caches hold of refused drafts is never taken for the text."""
+    config = DraftConfig(6, stop_threshold=0.0, adaptive=False)
+    async with speculating(tiny_llama, drafters[drafter], config, "100mbit,20ms") as (generator, _):
+        text = list(PROMPTS[1])
+        for turn in range(4):
+            request = ask(generator, text, 9 + turn)
+            said = await ids(generator, request)
+            assert said == reference.greedy(text, 9 + turn)
+            if turn:
+                assert request.stats.cached_tokens > 0
+            text += [*said, *make_prompts(1, seed=50 + turn, low=4, high=9)[0]]
+
+
+async def test_a_cancelled_answer_leaves_a_conversation_that_can_go_on(
+    tiny_llama: Path, drafters: dict[str, str], reference: Reference, want: list[list[int]]
+) -> None:
+    config = DraftConfig(6, stop_threshold=0.0, adaptive=False)
+    async with speculating(tiny_llama, drafters["model"], config, "100mbit,20ms") as (generator, _):
+        for count in (1, 4, 7):
+            stream = generator.generate(ask(generator, PROMPTS[0], NEW))
+            got = [(await anext(stream)).token_id for _ in range(count)]
+            await stream.aclose()
+            assert got == want[0][:count]
+        assert await answer(generator, PROMPTS[0], NEW) == want[0]
+
+
+async def test_drafts_give_way_when_the_device_is_full(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]]
+) -> None:
+    """The KV cache holds the text and hardly more: the text comes all the same."""
+    prompt, text = PROMPTS[0], want[0]
+    config = DraftConfig(8, stop_threshold=0.0, adaptive=False)
+    room = len(prompt) + len(text)
+    async with speculating(tiny_llama, drafters["itself"], config, kv_tokens=-(-room // 4) * 4) as (g, _):
+        assert await answer(g, prompt, NEW) == text
