@@ -34,7 +34,9 @@ class CodecChoice:
         """
         names = text.split(",")
         if not 1 <= len(names) <= 2:
-            raise UsageError(f"{option} {text!r}: write PROMPT or PROMPT,DECODE, each one of {', '.join(CODECS)}")
+            raise UsageError(
+                f"{option} {text!r}: write PROMPT or PROMPT,DECODE, each one of {', '.join(CODECS)}"
+            )
         for name in names:
             if name not in CODECS:
                 raise UsageError(f"{option} {text!r}: codec {name!r} is none of {', '.join(CODECS)}")

@@ -30,7 +30,9 @@ class Outliers:
     def of(self, hidden_size: int) -> int:
         """How many there are in a row: at most an eighth of it. Raises ValueError if an index cannot hold the size."""
         if hidden_size > MAX_HIDDEN_SIZE:
-            raise ValueError(f"hidden_size {hidden_size} is more than {MAX_HIDDEN_SIZE}; use codec raw or bf16")
+            raise ValueError(
+                f"hidden_size {hidden_size} is more than {MAX_HIDDEN_SIZE}; use codec raw or bf16"
+            )
         return min(self.count, hidden_size // 8)
 
     def row_bytes(self, hidden_size: int) -> int:
