@@ -283,8 +283,8 @@ def _page(
         )
     )
     text = (
-        "What the codecs of the uplink cost on the default model. The answers' rows travel raw where only the prompt's\n"
-        "are encoded."
+        "What the codecs of the uplink cost on the default model. Where only the prompt is encoded, the answer's rows\n"
+        "travel raw."
     )
     return report("Codecs of the uplink", text, about, body)
 

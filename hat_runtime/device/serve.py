@@ -27,6 +27,7 @@ from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
 from hat_runtime.model.hf import load_config, load_tokenizer
 from hat_runtime.process import spare_collector
 from hat_runtime.signals import wait_for_termination
+from hat_runtime.wire.codec import CodecChoice
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class DeviceConfig:
     chunk_tokens: int = 128
     """Tokens of a prompt that travel together; 0: the whole prompt at once."""
     dtype: str = "bfloat16"
+    codecs: CodecChoice = field(default_factory=CodecChoice)
+    """How shallow states travel."""
     device: str = "auto"
     """torch device of the device's layers: "auto" (CUDA where there is one), "cpu" or "cuda"."""
     kv_tokens: int = 32768
@@ -185,6 +188,7 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
                 config.model,
                 config.cloud,
                 config.dtype,
+                codecs=config.codecs,
                 config=policy,
                 metrics=metrics,
                 device=_torch_device(config.device),

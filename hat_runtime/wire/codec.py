@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hat_runtime.wire.bf16 import Bf16
-from hat_runtime.wire.codec_choice import CODECS, RAW, CodecChoice
+from hat_runtime.wire.codec_choice import CODECS, RAW, RAW_ONLY, CodecChoice
 from hat_runtime.wire.dtypes import DTYPES, dtype_name
 from hat_runtime.wire.int4 import Int4
 from hat_runtime.wire.int8 import Int8
@@ -20,6 +20,7 @@ __all__ = [
     "CODECS",
     "DTYPES",
     "RAW",
+    "RAW_ONLY",
     "CodecChoice",
     "RowCodec",
     "codec_named",

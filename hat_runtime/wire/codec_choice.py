@@ -41,3 +41,7 @@ class CodecChoice:
             if name not in CODECS:
                 raise UsageError(f"{option} {text!r}: codec {name!r} is none of {', '.join(CODECS)}")
         return cls(*names)
+
+
+RAW_ONLY = CodecChoice()
+"""Lossless throughout."""

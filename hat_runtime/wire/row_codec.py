@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,6 @@ def as_bytes(field: NDArray[np.generic]) -> Bytes:
     return np.ascontiguousarray(little).view(np.uint8).reshape(len(field), -1)
 
 
-def as_numbers(field: Bytes, kind: str) -> NDArray[np.generic]:
+def as_numbers(field: Bytes, kind: str) -> NDArray[Any]:
     """Bytes [n, k * itemsize] -> numbers [n, k] of a little-endian numpy dtype, such as "<u2"."""
     return np.ascontiguousarray(field).view(np.dtype(kind))
