@@ -118,6 +118,10 @@ full-split-overhead: $(STAMP)  ## tokens/s against local transformers, 1 and 8 s
 full-ttft: $(STAMP)  ## time to first token against the physical limit
 	@$(BIN)/python benchmarks/ttft.py $(ARGS)
 
+.PHONY: full-codec-quality
+full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model
+	@$(BIN)/python benchmarks/codec_quality.py $(ARGS)
+
 .PHONY: full-operator-cost
 full-operator-cost: $(STAMP)  ## the operator's writes, times and memory with 30 to 1,000 fake devices
 	@$(BIN)/python benchmarks/operator_cost.py $(ARGS)

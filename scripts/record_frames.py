@@ -35,10 +35,10 @@ def messages() -> dict[str, Message]:
         "describe_request": pb.DescribeRequest(padding=b"\x00\xff", reply_padding_bytes=3),
         "describe_reply": pb.DescribeReply(
             protocol_major=1,
-            protocol_minor=1,
+            protocol_minor=2,
             software="0.1.0",
             model=identity,
-            codecs=["raw"],
+            codecs=["raw", "int8"],
             limits=LIMITS,
             pages=pb.PageBudget(page_tokens=16, total=4096, free=4000),
             padding=b"\x00\xff\x7f",
@@ -49,18 +49,26 @@ def messages() -> dict[str, Message]:
                 lo=3,
                 hi=30,
                 dtype="float32",
-                codec="raw",
+                codec="int8",
+                decode_codec="raw",
                 max_tokens=640,
                 tenant="tenant-a",
                 request_id="req-1",
                 resume=pb.Resume(session_id="0a" * 16),
-                protocol_minor=1,
+                protocol_minor=2,
                 device="jetson-1.site-a",
             )
         ),
         "device_step": pb.DeviceMessage(
             step=pb.Step(
-                epoch=2, start_pos=17, n=2, want=pb.WANT_ALL, payload=ROWS, more=True, request_id="req-1"
+                epoch=2,
+                start_pos=17,
+                n=2,
+                want=pb.WANT_ALL,
+                payload=ROWS,
+                more=True,
+                request_id="req-1",
+                decode=True,
             )
         ),
         "device_telemetry": pb.DeviceMessage(

@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 
 from hat_runtime.cli.command import Command
-from hat_runtime.cli.options import add_dtype, add_logging, check_positive, parse_host_port
+from hat_runtime.cli.drafting_options import add_drafting, drafting_config
+from hat_runtime.cli.options import (
+    add_dtype,
+    add_logging,
+    add_uplink_codec,
+    check_positive,
+    parse_host_port,
+    parse_uplink_codec,
+)
 
 EXAMPLES = """\
 examples:
@@ -50,7 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a prompt that travel together; 0 = the whole prompt at once (default %(default)s)",
     )
+    add_drafting(serve)
     add_dtype(serve)
+    add_uplink_codec(serve)
     serve.add_argument(
         "--device", default="auto", help="where the layers run: auto, cpu or cuda (default %(default)s)"
     )
@@ -119,6 +129,7 @@ def run_serve(args: argparse.Namespace) -> int:
     log.setup(args.log_level, args.log_format)
     parse_host_port(args.cloud, "--cloud")
     check_positive(args.kv_tokens, "--kv-tokens")
+    codecs = parse_uplink_codec(args.uplink_codec)
     if args.keep_sessions < 0:
         raise UsageError(f"--keep-sessions {args.keep_sessions}: must be 0 or more")
     if args.device_name and sane_device_name(args.device_name) is None:
@@ -141,6 +152,7 @@ def run_serve(args: argparse.Namespace) -> int:
         listen_port=port,
         chunk_tokens=args.chunk_tokens,
         dtype=args.dtype,
+        codecs=codecs,
         device=args.device,
         kv_tokens=args.kv_tokens,
         model_name=args.model_name,
@@ -149,7 +161,12 @@ def run_serve(args: argparse.Namespace) -> int:
         api_key_file=args.api_key_file,
         grace_s=args.grace,
         cloud_wait_s=math.inf,
-        generator=GeneratorConfig(max_idle_conversations=args.keep_sessions, device_name=args.device_name),
+        drafter=args.drafter,
+        generator=GeneratorConfig(
+            max_idle_conversations=args.keep_sessions,
+            device_name=args.device_name,
+            drafting=drafting_config(args),
+        ),
     )
     asyncio.run(serve_device(config))
     return 0

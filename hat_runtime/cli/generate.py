@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hat_runtime.cli.command import Command
-from hat_runtime.cli.options import add_dtype, parse_host_port
+from hat_runtime.cli.drafting_options import add_drafting, drafting_config
+from hat_runtime.cli.options import add_dtype, add_uplink_codec, parse_host_port, parse_uplink_codec
 from hat_runtime.cli.progress import ProgressBar
 from hat_runtime.errors import UsageError
+from hat_runtime.wire.codec_choice import RAW
 
 if TYPE_CHECKING:
     from hat_runtime.data import Prompt
@@ -74,7 +76,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    add_drafting(parser)
     add_dtype(parser)
+    add_uplink_codec(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
 
 
@@ -112,8 +116,11 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError("--local is the greedy reference; --temperature goes with --cloud")
         if args.concurrency != 1:
             raise UsageError("--local answers one prompt at a time; --concurrency goes with --cloud")
+        if parse_uplink_codec(args.uplink_codec).names != (RAW,):
+            raise UsageError("--local sends nothing; --uplink-codec goes with --cloud")
     else:
         parse_host_port(args.cloud, "--cloud")
+        parse_uplink_codec(args.uplink_codec)
 
 
 def _answer_locally(args: argparse.Namespace, prompts: list[Prompt], emit: Callable[[Record], None]) -> None:
@@ -176,8 +183,10 @@ async def _answer_through_cloud(
         args.model,
         args.cloud,
         args.dtype,
+        codecs=parse_uplink_codec(args.uplink_codec),
         # Every prompt stands for itself: no session is kept, so bytes and times do not depend on the one before.
-        config=GeneratorConfig(max_idle_conversations=0),
+        config=GeneratorConfig(max_idle_conversations=0, drafting=drafting_config(args)),
+        drafter=args.drafter,
         kv_tokens=sum(longest) + SPARE_KV_TOKENS * len(longest),
     )
     answers = answer_all(generator, encoded, options)
@@ -200,6 +209,8 @@ async def _answer_through_cloud(
                     "uplink_bytes": stats.uplink_bytes,
                     "downlink_bytes": stats.downlink_bytes,
                     "rounds": stats.rounds,
+                    "draft_tokens": stats.draft_tokens,
+                    "accepted_tokens": stats.accepted_tokens,
                 }
             )
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hat_runtime.errors import UsageError
+from hat_runtime.wire.codec_choice import CODECS, CodecChoice
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16") -> None:
@@ -15,6 +16,23 @@ def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16") -> Non
         default=default,
         help=f"number format for the computation (default {default}; both sides must use the same)",
     )
+
+
+def add_uplink_codec(parser: argparse.ArgumentParser) -> None:
+    """--uplink-codec PROMPT[,DECODE]; `parse_uplink_codec` reads it."""
+    parser.add_argument(
+        "--uplink-codec",
+        default="raw",
+        metavar="PROMPT[,DECODE]",
+        help=f"how hidden states travel to the cloud: {', '.join(CODECS)}. One name is for prompts, and all other "
+        "states stay raw: they are few, so decoding is bound by round trips, not by bytes. All but raw change the "
+        "model that is sampled: docs/usage.md (default raw)",
+    )
+
+
+def parse_uplink_codec(value: str) -> CodecChoice:
+    """The value of --uplink-codec. Raises UsageError, which echoes it and lists the codecs."""
+    return CodecChoice.parse(value, "--uplink-codec")
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:

@@ -32,26 +32,33 @@ class ProtocolError(Exception):
 class StepAssembler:
     """Collects the frames of one Step after another. Holds at most one Step's payload."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, limits: pb.Limits) -> None:
+    def __init__(
+        self, hidden_size: int, dtype: torch.dtype, limits: pb.Limits, codecs: codec.CodecChoice
+    ) -> None:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._limits = limits
-        self._header: tuple[int, int, int, int] | None = None
+        self._codecs = {
+            decode: codec.codec_named(name)
+            for decode, name in ((False, codecs.prompt), (True, codecs.decode))
+        }
+        self._header: tuple[int, int, int, int, bool] | None = None
         self._payload = bytearray()
 
     def feed(self, step: pb.Step) -> StepWork | None:
         """Take one frame; the Step if it was its last.
 
         Raises:
-            ProtocolError: a size, a count or `want` is wrong, or the frame does not belong to the Step begun.
+            ProtocolError: a size, a count or `want` is wrong, the frame does not belong to the Step begun, or the
+                payload is none of the codec's.
         """
-        header = (step.epoch, step.start_pos, step.n, step.want)
+        header = (step.epoch, step.start_pos, step.n, step.want, step.decode)
         if self._header is None:
             self._check_header(step)
             self._header = header
         elif header != self._header:
             raise ProtocolError(
-                f"frame (epoch, start_pos, n, want)={header} continues a Step of {self._header}"
+                f"frame (epoch, start_pos, n, want, decode)={header} continues a Step of {self._header}"
             )
         if len(step.payload) > self._limits.max_frame_bytes:
             raise ProtocolError(
@@ -59,19 +66,23 @@ class StepAssembler:
             )
         if step.more and not step.payload:
             raise ProtocolError("an empty frame says that more follow")
-        whole = step.n * codec.row_bytes(self._hidden_size, self._dtype)
+        rows = self._codecs[step.decode]
+        whole = step.n * rows.row_bytes(self._hidden_size, self._dtype)
         if len(self._payload) + len(step.payload) > whole or (
             not step.more and len(self._payload) + len(step.payload) != whole
         ):
             raise ProtocolError(
-                f"Step.payload has {len(self._payload) + len(step.payload)} bytes, but n={step.n} rows of "
-                f"{self._hidden_size} x {codec.dtype_name(self._dtype)} are {whole} bytes"
+                f"Step.payload has {len(self._payload) + len(step.payload)} bytes, but "
+                f"{rows.describe(step.n, self._hidden_size, self._dtype)} are {whole} bytes"
             )
         self._payload += step.payload
         if step.more:
             return None
         payload, self._payload, self._header = self._payload, bytearray(), None
-        hidden = codec.decode(payload, step.n, self._hidden_size, self._dtype)
+        try:
+            hidden = rows.decode(payload, step.n, self._hidden_size, self._dtype)
+        except ValueError as error:
+            raise ProtocolError(f"Step.payload: {error}") from error
         return StepWork(step.epoch, step.start_pos, _WANTS[step.want], hidden, time.monotonic())
 
     def _check_header(self, step: pb.Step) -> None:

@@ -25,7 +25,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 1)
+PROTOCOL = (1, 2)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -51,6 +51,8 @@ class _Stream:
         self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
         self.device = ""
         """Who is at the other end, as it says itself; "" when it does not."""
+        self.codecs = codec.RAW_ONLY
+        """How its Steps are encoded."""
         self._limits = limits
         self._steps = 0
         self._tokens = 0
@@ -195,6 +197,7 @@ class RuntimeService:
         )
         self._sessions[session.id] = (session, stream)
         stream.device = opening.device
+        stream.codecs = _codecs(opening)
         self._devices.heard(stream.device)
         self._engine.open(session)
         log.info("session %s opened", session.id[:8])
@@ -218,8 +221,10 @@ class RuntimeService:
                 raise ProtocolError(
                     f"{field} {device!r} of the device is not the cloud's {cloud!r}", mismatch
                 )
-        if opening.codec not in codec.CODECS:
-            raise ProtocolError(f"codec {opening.codec!r} is none of {', '.join(codec.CODECS)}", mismatch)
+        codecs = _codecs(opening)
+        for field, name in (("codec", codecs.prompt), ("decode_codec", codecs.decode)):
+            if name not in codec.CODECS:
+                raise ProtocolError(f"{field} {name!r} is none of {', '.join(codec.CODECS)}", mismatch)
         if opening.max_tokens > self._served.limits.max_tokens:
             text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
             raise ProtocolError(text)
@@ -255,7 +260,8 @@ class RuntimeService:
     ) -> None:
         """Feed the engine until the device closes its side or breaks the protocol."""
         dtype = codec.DTYPES[self._served.identity.dtype]
-        assembler = StepAssembler(self._served.identity.hidden_size, dtype, self._served.limits)
+        hidden_size = self._served.identity.hidden_size
+        assembler = StepAssembler(hidden_size, dtype, self._served.limits, stream.codecs)
         try:
             async for message in requests:
                 kind = None if message is None else message.WhichOneof("message")
@@ -306,6 +312,11 @@ class RuntimeService:
         data = message.SerializeToString()
         self._metrics.downlink_bytes.inc(len(data))
         return data
+
+
+def _codecs(opening: pb.Open) -> codec.CodecChoice:
+    """What a device wants its rows encoded in; one of before 1.2 names one codec for all of them."""
+    return codec.CodecChoice(opening.codec, opening.decode_codec or opening.codec)
 
 
 def _messages(event: Any) -> Any:

@@ -7,7 +7,7 @@ overlap with the transfer of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 RAMP = (4, 2)
 """The first chunks are this many times shorter than the others."""
@@ -37,3 +37,11 @@ def chunk_ends(start: int, total: int, chunk: int) -> Iterator[int]:
     while end < total:
         end = min(end + chunk, total)
         yield end
+
+
+def cut_at(ends: Iterable[int], borders: Sequence[int], start: int) -> Iterator[int]:
+    """The ends of chunks that begin at `start`, with more ends at the ascending `borders` that lie inside."""
+    for end in ends:
+        yield from (border for border in borders if start < border < end)
+        yield end
+        start = end

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from hat_runtime.control.chunks import chunk_ends
+from hat_runtime.control.chunks import chunk_ends, cut_at
 from hat_runtime.device.chain import NO_DRAFTS, Speculation
 from hat_runtime.device.conversations import Conversation, ConversationStore
 from hat_runtime.device.drafting.base import DraftState
@@ -98,7 +98,9 @@ class Answer:
         request = self.request
         reused = await self._conversations.take(request.prompt_ids)
         if reused is None:
-            self.conversation = Conversation(self._open_session(), drafting=self._model.open_drafting())
+            self.conversation = Conversation(
+                self._open_session(), tokens=list(request.prompt_ids), drafting=self._model.open_drafting()
+            )
         else:
             self.conversation, request.stats.cached_tokens = reused
             self._fresh = False
@@ -265,7 +267,7 @@ class Answer:
         sent: deque[asyncio.Future[StepResult]] = deque()
         deep: torch.Tensor | None = None
         start = min(conversation.held, total - 1)
-        for end in chunk_ends(start, total, self._chunk):
+        for end in cut_at(chunk_ends(start, total, self._chunk), conversation.borders, start):
             hidden = await self._shallow(start, end)
             sent.append(self._submit(start, hidden, LAST if end == total else NONE))
             start = end
@@ -292,7 +294,8 @@ class Answer:
     def _submit(self, start: int, hidden: torch.Tensor, want: Want) -> asyncio.Future[StepResult]:
         request_id = "" if self._announced else self.request.request_id
         self._announced = True
-        return self.current.session.submit(start, hidden, want, request_id)
+        decode = self.current.decodes(start)
+        return self.current.session.submit(start, hidden, want, request_id, decode=decode)
 
     def _take(self, result: StepResult) -> torch.Tensor | None:
         """Account for a Result; its deep states, None if it is stale or brings none."""

@@ -15,7 +15,7 @@ from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.submodels import DeviceModel
 from hat_runtime.model.manifest import identity
 from hat_runtime.threads import in_passing_thread
-from hat_runtime.wire.codec import DTYPES
+from hat_runtime.wire.codec import DTYPES, RAW_ONLY, CodecChoice
 
 
 async def connect(
@@ -23,6 +23,7 @@ async def connect(
     cloud: str,
     dtype: str | torch.dtype = "bfloat16",
     *,
+    codecs: CodecChoice = RAW_ONLY,
     config: GeneratorConfig | None = None,
     metrics: DeviceMetrics | None = None,
     device: str = "cpu",
@@ -36,6 +37,7 @@ async def connect(
         folder: the whole model or its device part.
         cloud: "HOST:PORT" of `hat cloud serve`.
         dtype: compute dtype, the cloud's.
+        codecs: how shallow states travel.
         config: policies of the generator.
         metrics: where it counts; a registry of its own by default.
         device: torch device for the device's submodels.
@@ -45,7 +47,7 @@ async def connect(
 
     Raises:
         CloudUnavailable: not reachable.
-        HandshakeError: the cloud serves another model, split or dtype.
+        HandshakeError: the cloud serves another model, split or dtype, or lacks a codec.
         ModelError: the folder, or the drafter's, cannot be used.
         UsageError: there is no such drafter.
     """
@@ -54,7 +56,7 @@ async def connect(
     try:
         description = await link.describe()
         manifest = await asyncio.to_thread(identity, folder)
-        binding = bind(manifest, folder, description, compute, cloud)
+        binding = bind(manifest, folder, description, compute, cloud, codecs)
         model = await in_passing_thread(
             DeviceModel.load,
             folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,14 +29,36 @@ class Conversation:
     """Leading `tokens` that the device's KV cache holds for certain."""
     drafting: DraftState = field(default_factory=DraftState)
     """What the device's drafter remembers of the text."""
+    _borders: list[int] = field(init=False)
+    # Where the first prompt ends, its answer ends, the second prompt ends, and so on.
+
+    def __post_init__(self) -> None:
+        self._borders = [len(self.tokens)]
 
     @property
     def held(self) -> int:
         """Leading tokens that both sides' KV caches hold: a Step may start at any position up to it."""
         return min(len(self.tokens), self.shallow, self.session.committed)
 
+    @property
+    def borders(self) -> list[int]:
+        """Positions that no Step may straddle, ascending: another codec begins there."""
+        return [] if self.session.binding.one_codec else self._borders
+
+    def decodes(self, position: int) -> bool:
+        """Whether the token's state is sent in the decode codec: it was generated, and not since sent as a prompt.
+
+        It stays so for as long as the session's KV cache may hold the state: an upload that is repeated after an
+        eviction encodes every row as the first time.
+        """
+        return bisect_right(self._borders, position) % 2 == 1
+
     def continue_with(self, tokens: Sequence[int], start: int) -> None:
         """Replace what comes from position `start` on; both caches are cut there by the next pass."""
+        kept = self._borders[: bisect_left(self._borders, start)]
+        if len(kept) % 2:  # the cut is in an answer
+            kept.append(start)
+        self._borders = [*kept, len(tokens)]
         self.tokens = list(tokens)
         self.shallow = min(self.shallow, start)
 

@@ -127,7 +127,7 @@ class Generator:
                 turn = await answer.turn(deep)
                 now = time.monotonic()
                 count = len(turn.tokens)
-                for token_id in turn.tokens:
+                for _ in turn.tokens:
                     self._count_token(answer, now - began, (now - last_s) / count)
                 self._learn_round(answer, turn, now - last_s)
                 last_s = now

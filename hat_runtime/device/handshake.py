@@ -12,7 +12,7 @@ from hat_runtime.errors import HandshakeError
 from hat_runtime.model.manifest import Manifest, read_config
 from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from hat_runtime.wire.codec import CODECS, dtype_name
+from hat_runtime.wire.codec import RAW, RAW_ONLY, CodecChoice, dtype_name
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,13 @@ class Comparison:
 
 
 def compare(
-    manifest: Manifest, folder: Path, description: pb.DescribeReply, dtype: torch.dtype
+    manifest: Manifest,
+    folder: Path,
+    description: pb.DescribeReply,
+    dtype: torch.dtype,
+    codecs: CodecChoice = RAW_ONLY,
 ) -> list[Comparison]:
-    """Compare the device's folder and dtype with what the cloud describes, most important first."""
+    """Compare the device's folder, dtype and codecs with what the cloud describes, most important first."""
     cloud = description.model
     other_model = "prepare the same model on both sides with `hat model prepare`"
     weights = Comparison(
@@ -59,6 +63,7 @@ def compare(
         f"prepare {folder} again with --part device --input-layers {cloud.lo}, or whole",
     )
     width = read_config(folder).get("hidden_size")
+    unknown = [name for name in codecs.names if name not in description.codecs]
     return [
         weights,
         revision,
@@ -75,27 +80,34 @@ def compare(
         ),
         Comparison(
             "codec",
-            ", ".join(CODECS),
+            ", ".join(codecs.names),
             ", ".join(description.codecs),
-            bool(set(CODECS) & set(description.codecs)),
-            "install the same version of HAT on both sides",
+            not unknown,
+            f"the cloud does not know {', '.join(map(repr, unknown))}: install the same version of HAT on both sides"
+            + (f", or start this side with --uplink-codec {RAW}" if RAW not in unknown else ""),
         ),
     ]
 
 
 def bind(
-    manifest: Manifest, folder: Path, description: pb.DescribeReply, dtype: torch.dtype, address: str
+    manifest: Manifest,
+    folder: Path,
+    description: pb.DescribeReply,
+    dtype: torch.dtype,
+    address: str,
+    codecs: CodecChoice,
 ) -> Binding:
     """What sessions with this cloud are opened with.
 
     Raises:
         HandshakeError: names the first thing that differs, with both values.
     """
-    for item in compare(manifest, folder, description, dtype):
+    for item in compare(manifest, folder, description, dtype, codecs):
         if not item.agree:
             raise HandshakeError(
                 f"{item.name} differs: {item.device} on this device ({folder}), {item.cloud} "
                 f"in the cloud at {address}; {item.fix}"
             )
     cloud = description.model
-    return Binding(cloud.model_revision, LayerRange(cloud.lo, cloud.hi), dtype, cloud.hidden_size)
+    layers = LayerRange(cloud.lo, cloud.hi)
+    return Binding(cloud.model_revision, layers, dtype, cloud.hidden_size, codecs.prompt, codecs.decode)

@@ -21,7 +21,7 @@ from hat_runtime.wire.codec import dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 1
+PROTOCOL_MINOR = 2
 TELEMETRY_EVERY_S = 5.0
 
 
@@ -106,6 +106,7 @@ class CloudLink:
             hi=binding.layers.hi,
             dtype=dtype_name(binding.dtype),
             codec=binding.codec,
+            decode_codec=binding.decode_codec,
             tenant=tenant,
             request_id=request_id,
             protocol_minor=PROTOCOL_MINOR,

@@ -21,12 +21,14 @@ from hat_runtime.device.api.gate import Gate
 from hat_runtime.device.api.stream import KEEP_ALIVE_S
 from hat_runtime.device.chat import PromptEncoder
 from hat_runtime.device.connect import connect
+from hat_runtime.device.drafting.factory import AUTO, check_name
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
 from hat_runtime.model.hf import load_config, load_tokenizer
 from hat_runtime.process import spare_collector
 from hat_runtime.signals import wait_for_termination
+from hat_runtime.wire.codec import CodecChoice
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,14 @@ class DeviceConfig:
     chunk_tokens: int = 128
     """Tokens of a prompt that travel together; 0: the whole prompt at once."""
     dtype: str = "bfloat16"
+    codecs: CodecChoice = field(default_factory=CodecChoice)
+    """How shallow states travel."""
     device: str = "auto"
     """torch device of the device's layers: "auto" (CUDA where there is one), "cpu" or "cuda"."""
     kv_tokens: int = 32768
     """Tokens that all sessions of this device may hold together."""
+    drafter: str = AUTO
+    """What drafts, as --drafter names it."""
     model_name: str | None = None
     """In the API; None for the folder's name."""
     max_concurrent: int = 8
@@ -71,6 +77,7 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if self.chunk_tokens < 0:
             raise UsageError(f"--chunk-tokens {self.chunk_tokens}: must be 0 (the whole prompt) or more")
+        check_name(self.drafter)
         if self.max_concurrent < 1:
             raise UsageError(f"--max-concurrent {self.max_concurrent}: must be at least 1")
         if self.max_waiting < 0:
@@ -185,10 +192,12 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
                 config.model,
                 config.cloud,
                 config.dtype,
+                codecs=config.codecs,
                 config=policy,
                 metrics=metrics,
                 device=_torch_device(config.device),
                 kv_tokens=config.kv_tokens,
+                drafter=config.drafter,
             )
         except CloudUnavailable as error:
             if time.monotonic() >= until:

@@ -82,7 +82,7 @@ class CloudSession:
         await asyncio.shield(self._opened)
 
     def submit(
-        self, start: int, hidden: torch.Tensor, want: Want, request_id: str = ""
+        self, start: int, hidden: torch.Tensor, want: Want, request_id: str = "", *, decode: bool = False
     ) -> asyncio.Future[StepResult]:
         """Queue one Step and return the future of its Result.
 
@@ -91,6 +91,7 @@ class CloudSession:
             hidden: shallow states [n, hidden_size], n >= 1.
             want: NONE, LAST or ALL.
             request_id: names the request in the cloud's log; for the first Step of a request.
+            decode: the rows are no prompt's, so the binding's decode codec encodes them.
 
         Returns:
             A future. A Step that starts beyond what the cloud holds (it was evicted) is answered stale at once.
@@ -111,7 +112,17 @@ class CloudSession:
         if start > self._end:
             future.set_result(StepResult(True, start, len(hidden)))
             return future
-        step = Step(self.epoch, start, hidden, want, request_id, future, alone=not self._unanswered)
+        step = Step(
+            self.epoch,
+            start,
+            hidden,
+            want,
+            request_id,
+            future,
+            alone=not self._unanswered,
+            codec=self.binding.encoding(decode),
+            decode=decode,
+        )
         self.committed = min(self.committed, start)
         self._end = start + len(hidden)
         self._unsent.append(step)
@@ -249,7 +260,7 @@ class CloudSession:
             except ValueError as error:
                 raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
             elapsed_s = time.monotonic() - step.submitted_s
-            self.link.saw_result(step.hidden.nbytes, elapsed_s, queue_s, compute_s, step.alone)
+            self.link.saw_result(step.payload_bytes, elapsed_s, queue_s, compute_s, step.alone)
         if not step.future.done():
             tokens, proposed = result.batch_tokens, result.suggested_chunk
             step.future.set_result(

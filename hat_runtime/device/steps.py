@@ -12,7 +12,8 @@ import torch
 
 from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from hat_runtime.wire import codec, frames
+from hat_runtime.wire import frames
+from hat_runtime.wire.codec import RAW, RowCodec, codec_named
 
 Want: TypeAlias = "pb.Want.ValueType"
 NONE, LAST, ALL = pb.WANT_NONE, pb.WANT_LAST, pb.WANT_ALL
@@ -27,7 +28,19 @@ class Binding:
     """The cloud's layers."""
     dtype: torch.dtype
     hidden_size: int
-    codec: str = codec.RAW
+    codec: str = RAW
+    """Of the rows of a prompt."""
+    decode_codec: str = RAW
+    """Of all other rows."""
+
+    @property
+    def one_codec(self) -> bool:
+        """Whether all rows are encoded alike."""
+        return self.codec == self.decode_codec
+
+    def encoding(self, decode: bool) -> RowCodec:
+        """The codec of a prompt's rows or of all others. Raises ValueError if it has no such codec."""
+        return codec_named(self.decode_codec if decode else self.codec)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,9 @@ class Step:
     future: asyncio.Future[StepResult]
     alone: bool
     """No other Step of the session was unanswered when this one was submitted."""
+    codec: RowCodec
+    decode: bool
+    """The codec is that of rows that are no prompt's."""
     submitted_s: float = field(default_factory=time.monotonic)
     received: bytearray = field(default_factory=bytearray)
 
@@ -66,9 +82,15 @@ class Step:
         """Tokens in the Step."""
         return len(self.hidden)
 
+    @property
+    def payload_bytes(self) -> int:
+        """What the rows take on the wire."""
+        n, hidden_size = self.hidden.shape
+        return n * self.codec.row_bytes(hidden_size, self.hidden.dtype)
+
     def messages(self, max_frame_bytes: int) -> Iterator[pb.DeviceMessage]:
         """The Step's frames; 0 stands for the protocol's own limit."""
-        payload = codec.encode(self.hidden)
+        payload = self.codec.encode(self.hidden)
         for part, more in frames.split(payload, max_frame_bytes or frames.MAX_FRAME_BYTES):
             yield pb.DeviceMessage(
                 step=pb.Step(
@@ -79,5 +101,6 @@ class Step:
                     payload=part,
                     more=more,
                     request_id=self.request_id,
+                    decode=self.decode,
                 )
             )

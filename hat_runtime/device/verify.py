@@ -1,9 +1,9 @@
 """Which drafts the target accepts, and the token that follows them.
 
-Greedy and coupled: the target chooses its own token (sampling.py), and a draft is accepted if it is the same one, so the
-text is that of the target alone. Rejection (Leviathan et al., arXiv 2211.17192, algorithm 1): a draft x ~ q is accepted
-with probability min(1, p(x) / q(x)), and replaced by a draw from norm(max(0, p - q)) otherwise: more drafts are accepted,
-and the text is distributed as the target's.
+Greedy and coupled: the target chooses its own token (sampling.py), and a draft is accepted if it is the same one, so
+the text is that of the target alone. Rejection (Leviathan et al., arXiv 2211.17192, algorithm 1): a draft x ~ q is
+accepted with probability min(1, p(x) / q(x)), and replaced by a draw from norm(max(0, p - q)) otherwise: more drafts
+are accepted, and the text is distributed as the target's.
 """
 
 from __future__ import annotations

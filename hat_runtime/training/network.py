@@ -105,7 +105,7 @@ def _heads(net: DrafterNet, rows: torch.Tensor, first: Sequence[int], counts: Se
     shape, group = net.shape, net.shape.heads // net.shape.kv_heads
     positions = torch.cat([torch.arange(f, f + n) for f, n in zip(first, counts, strict=True)])
     turn = rotation(positions.to(rows.device), shape)
-    query, key, value = net.project(rows).split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+    query, key, value = torch.split(net.project(rows), [shape.heads, shape.kv_heads, shape.kv_heads], 1)
     key = rotate(key, turn).repeat_interleave(group, 1)
     packed = (rotate(query, turn), key, value.repeat_interleave(group, 1))
     return [_Heads(*parts) for parts in zip(*(split_rows(whole, counts) for whole in packed), strict=True)]

@@ -115,7 +115,7 @@ class Trainer:
 
     @torch.no_grad()
     def acceptance(self, texts: Sequence[TextStates], depths: int = 4) -> Acceptance:
-        """Measured on `texts`, teacher-forced; kinds without features stay at depth 1: their drafts read true states."""
+        """Measured on `texts`, teacher-forced. Kinds without features stay at depth 1: they never read guesses."""
         self.net.eval()
         depths = depths if self.net.shape.kind == "feature" else 1
         right, tried = [0] * depths, [0] * depths

@@ -209,7 +209,9 @@ MISMATCHES = {
     "revision": ({"model_revision": "0" * 64}, PRECONDITION, "model_revision"),
     "layers": ({"lo": 3}, PRECONDITION, "layers '3:6' of the device is not the cloud's '2:6'"),
     "dtype": ({"dtype": "bfloat16"}, PRECONDITION, "dtype 'bfloat16'"),
-    "codec": ({"codec": "int4"}, PRECONDITION, "codec 'int4'"),
+    "codec": ({"codec": "zip"}, PRECONDITION, "codec 'zip' is none of raw, bf16, int8, int4"),
+    "decode codec": ({"decode_codec": "zip"}, PRECONDITION, "decode_codec 'zip' is none of raw"),
+    "no codec": ({"codec": ""}, PRECONDITION, "codec '' is none of raw"),
     "max_tokens": ({"max_tokens": 4096}, INVALID, "Open.max_tokens=4096"),
     "unknown session": ({"resume": pb.Resume(session_id="ab" * 16)}, grpc.StatusCode.NOT_FOUND, "abab"),
 }

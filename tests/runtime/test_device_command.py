@@ -99,3 +99,9 @@ def test_what_cannot_work_ends_with_a_plain_message(folder: Path) -> None:
         _, errors = wrong.communicate()
     assert wrong.returncode == 2
     assert "--cloud: 'nonsense' is not HOST:PORT" in errors
+    with hat(
+        "device", "serve", "--model", folder, "--cloud", "127.0.0.1:1", "--uplink-codec", "zip"
+    ) as codec:
+        _, errors = codec.communicate()
+    assert codec.returncode == 2
+    assert "--uplink-codec 'zip': codec 'zip' is none of raw, bf16, int8, int4" in errors

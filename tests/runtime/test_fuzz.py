@@ -36,7 +36,9 @@ class Nonsense:
 
     def stream(self) -> list[bytes]:
         """The messages of one stream; most begin with a correct Open, so that the rest is reached."""
-        first = opening(self.cloud).SerializeToString() if self.rng.random() < 0.8 else self.message()
+        codec, decode_codec = (self.rng.choice(["raw", "raw", "int8", "int4"]) for _ in range(2))
+        right = opening(self.cloud, codec=codec, decode_codec=decode_codec)
+        first = right.SerializeToString() if self.rng.random() < 0.8 else self.message()
         return [first, *(self.message() for _ in range(self.rng.randint(1, 6)))]
 
     def message(self) -> bytes:
@@ -50,7 +52,8 @@ class Nonsense:
     def step(self) -> pb.DeviceMessage:
         rng = self.rng
         n = rng.choice([0, 1, 1, 2, 5, 30, 3000, 2**32 - 1])
-        payload = rng.choice([self.rows(n), self.rows(n), rng.randbytes(rng.randint(0, 600)), b""])
+        encoded = rng.randbytes(min(n, 40) * rng.choice([82, 116]))  # of int4 and of int8
+        payload = rng.choice([self.rows(n), self.rows(n), encoded, rng.randbytes(rng.randint(0, 600)), b""])
         return pb.DeviceMessage(
             step=pb.Step(
                 epoch=rng.choice([0, 0, 1, 2**32 - 1]),
@@ -60,6 +63,7 @@ class Nonsense:
                 payload=payload,
                 more=rng.random() < 0.1,
                 request_id=rng.choice(["", "x" * 5000, "\n\u202e"]),
+                decode=rng.random() < 0.3,
             )
         )
 

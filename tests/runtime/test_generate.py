@@ -99,6 +99,20 @@ async def test_a_cloud_gives_the_references_tokens(
                     assert 1.0 < record["downlink_bytes"] / (len(record["token_ids"]) * 64 * 4) < 1.6
 
 
+async def test_a_codec_makes_the_uplink_smaller(
+    model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--prompts", prompts, "--model", model, "--max-new-tokens", 12, "--limit", 1)
+    async with running_cloud(CloudConfig(model, input_layers=2, dtype="float32")) as cloud:
+        for codecs, prompt_row, row in (("int4", 82, 256), ("int8,bf16", 116, 128)):
+            code, [record] = await asyncio.to_thread(
+                generate, capsys, *common, "--cloud", cloud.address, "--uplink-codec", codecs
+            )
+            assert code == 0
+            rows = record["prompt_tokens"] * prompt_row + (len(record["token_ids"]) - 1) * row
+            assert rows < record["uplink_bytes"] < rows + 600
+
+
 async def test_seeded_sampling_does_not_depend_on_concurrency_or_chunks(
     model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +152,8 @@ def test_without_json_people_read_the_text(
     [
         (("--local", "--temperature", "1"), "--temperature goes with --cloud"),
         (("--local", "--concurrency", "2"), "--concurrency goes with --cloud"),
+        (("--local", "--uplink-codec", "int8"), "--uplink-codec goes with --cloud"),
+        (("--cloud", "localhost:1", "--uplink-codec", "zip"), "codec 'zip' is none of raw, bf16, int8, int4"),
         (("--local", "--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--cloud", "nowhere"), "--cloud: 'nowhere' is not HOST:PORT"),
         (("--cloud", "127.0.0.1:1", "--top-p", "0"), "top_p is 0"),

@@ -25,8 +25,8 @@ UNKNOWN = b"\xf8\x7c\x07" + b"\x82\x7d\x03new"
 
 # What the protocol could do without: everything that is for people, for estimates or for later mechanisms.
 OPTIONAL = {
-    "Open": ("max_tokens", "tenant", "request_id", "protocol_minor", "device"),
-    "Step": ("request_id",),
+    "Open": ("max_tokens", "tenant", "request_id", "protocol_minor", "device", "decode_codec"),
+    "Step": ("request_id", "decode"),
     "DescribeReply": ("protocol_minor", "software", "pages"),
     "Opened": ("cost", "replica"),
     "Result": ("queue_us", "compute_us", "batch_tokens", "suggested_chunk"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hat_runtime.control.chunks import SHORTEST, chunk_ends
+from hat_runtime.control.chunks import SHORTEST, chunk_ends, cut_at
 
 
 @given(st.integers(0, 3000), st.integers(1, 3000), st.integers(1, 600))
@@ -34,3 +34,10 @@ def test_small_chunks_are_not_made_smaller() -> None:
 def test_a_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk is 0"):
         list(chunk_ends(0, 5, 0))
+
+
+@given(st.lists(st.integers(0, 60), unique=True).map(sorted), st.integers(0, 20), st.integers(1, 20))
+def test_no_chunk_straddles_a_border(borders: list[int], start: int, chunk: int) -> None:
+    plain = list(chunk_ends(start, 50, chunk))
+    ends = list(cut_at(plain, borders, start))
+    assert ends == sorted({*plain, *(border for border in borders if start < border < 50)})

@@ -103,7 +103,7 @@ class TextReply(Reply):
 def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
     """OpenAI's usage object over the answers of a request, with the extension `hat`.
 
-    `hat` sums bytes, rounds and the cloud's seconds; ttft_s is the earliest first token, tbt_s the mean over all
+    `hat` sums bytes, rounds, guessed and accepted tokens and the cloud's seconds; ttft_s is the earliest first token, tbt_s the mean over all
     intervals between tokens (null where there are none).
     """
     prompt = sum(stats.prompt_tokens for stats in all_stats)
@@ -124,6 +124,8 @@ def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
             "uplink_bytes": sum(stats.uplink_bytes for stats in all_stats),
             "downlink_bytes": sum(stats.downlink_bytes for stats in all_stats),
             "rounds": sum(stats.rounds for stats in all_stats),
+            "draft_tokens": sum(stats.draft_tokens for stats in all_stats),
+            "accepted_tokens": sum(stats.accepted_tokens for stats in all_stats),
             "chunk_tokens": max((stats.chunk_tokens for stats in all_stats), default=0),
             "cloud_compute_s": round(sum(stats.cloud_compute_s for stats in all_stats), 6),
             "cloud_queue_s": round(sum(stats.cloud_queue_s for stats in all_stats), 6),

@@ -83,7 +83,7 @@ class Wish:
 
 
 class Drafter(ABC):
-    """Guesses tokens. For the worker's thread, but for `open`."""
+    """Guesses tokens. For the worker's thread, but for `open`. `prepare` and `release` may be left out."""
 
     name: str
 
@@ -99,8 +99,8 @@ class Drafter(ABC):
     def propose(self, wishes: Sequence[Wish]) -> list[Draft | None]:
         """One draft for each wish, None where there is no guess; wishes of several conversations share a pass."""
 
-    def prepare(self, state: DraftState, tokens: Sequence[int]) -> None:
+    def prepare(self, state: DraftState, tokens: Sequence[int]) -> None:  # noqa: B027
         """Do now what the next `propose` would have to do for the text so far: nobody waits at the moment."""
 
-    def release(self, state: DraftState) -> None:
+    def release(self, state: DraftState) -> None:  # noqa: B027
         """Forget a conversation."""

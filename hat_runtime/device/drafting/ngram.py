@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last tokens the last time that they were there (Saxena 2023; LLMA, arXiv 2304.04487)."""
+"""Prompt lookup: what followed the last tokens when they were there before (LLMA, arXiv 2304.04487)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small language model of its own drafts (Leviathan et al., arXiv 2211.17192): any folder with the same vocabulary."""
+"""A small language model drafts (Leviathan et al., arXiv 2211.17192): any folder with the same vocabulary."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class DescribeReply(_message.Message):
     def model(self) -> Global___ModelIdentity: ...
     @_builtins.property
     def codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Codecs that the cloud accepts in Open.codec, the preferred one first."""
+        """Codecs that the cloud accepts in Open.codec and Open.decode_codec, the preferred one first."""
 
     @_builtins.property
     def limits(self) -> Global___Limits: ...
@@ -284,13 +284,14 @@ class Open(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    DECODE_CODEC_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Must equal the cloud's; a mismatch is FAILED_PRECONDITION before any compute."""
     lo: _builtins.int
     hi: _builtins.int
     dtype: _builtins.str
     codec: _builtins.str
-    """How payloads are encoded: one of DescribeReply.codecs."""
+    """How the rows of a prompt are encoded: one of DescribeReply.codecs. Results are always "raw"."""
     max_tokens: _builtins.int
     """Most tokens that this session will hold; 0 means the cloud's limit."""
     tenant: _builtins.str
@@ -302,6 +303,8 @@ class Open(_message.Message):
     """Names the device in the cloud's list of devices (GET /v1/devices): letters, digits, ".", "_" and "-", at most 253.
     Empty: the device is not listed. As the device says it; nothing else depends on it. Since 1.1.
     """
+    decode_codec: _builtins.str
+    """How all other rows are encoded. Empty: as the prompt's. Since 1.2."""
     @_builtins.property
     def resume(self) -> Global___Resume:
         """Takes over the session of a lost stream. No cloud of this version keeps one: NOT_FOUND."""
@@ -320,10 +323,11 @@ class Open(_message.Message):
         resume: Global___Resume | None = ...,
         protocol_minor: _builtins.int = ...,
         device: _builtins.str = ...,
+        decode_codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,7 +355,7 @@ Global___Resume: _TypeAlias = Resume  # noqa: Y015
 @_typing.final
 class Step(_message.Message):
     """A Step travels as one or more frames: `more` is true on all but the last, and all frames of a Step repeat its
-    epoch, start_pos, n and want. The payload of a Step is n rows of the negotiated codec.
+    epoch, start_pos, n, want and decode. The payload of a Step is n rows of one of the session's codecs.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -363,6 +367,7 @@ class Step(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Raised by the device when it discards tokens that it has sent. A queued Step of an older epoch is answered STALE."""
     start_pos: _builtins.int
@@ -375,6 +380,8 @@ class Step(_message.Message):
     more: _builtins.bool
     request_id: _builtins.str
     """On the first Step of a request: names it in the logs of both sides."""
+    decode: _builtins.bool
+    """The rows are encoded in Open.decode_codec instead of Open.codec. Since 1.2."""
     def __init__(
         self,
         *,
@@ -385,10 +392,11 @@ class Step(_message.Message):
         payload: _builtins.bytes = ...,
         more: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        decode: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "request_id", b"request_id", "start_pos", b"start_pos", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "request_id", b"request_id", "start_pos", b"start_pos", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,90 @@
+"""The options that say how a device drafts, for every command that generates text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from hat_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from hat_runtime.device.policy import DraftConfig
+
+T = TypeVar("T", int, float)
+
+
+def add_drafting(parser: argparse.ArgumentParser) -> None:
+    """--drafter, --max-draft, --stop-threshold, --window, --branches and --sampler."""
+    parser.add_argument(
+        "--drafter",
+        default="auto",
+        metavar="NAME",
+        help="what guesses tokens ahead: adapter or feature (trained for the model and the split by `hat "
+        "train-drafter`; NAME:FILE takes a file), ngram (what followed the same words before), hybrid (ngram or the "
+        "trained one, whichever is likelier right), model:FOLDER (a small model with the same tokenizer), none, or "
+        "auto: hybrid where a trained drafter is found, else ngram (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-draft",
+        type=int,
+        default=6,
+        metavar="N",
+        help="most guesses in a round (default %(default)s)",
+    )
+    parser.add_argument(
+        "--stop-threshold",
+        default="auto",
+        metavar="P",
+        help="a round's guesses end with one of less confidence (0 to 1); auto: when one more is not worth its time "
+        "on this link (default %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        default="auto",
+        metavar="N",
+        help="rounds that may be under way at once; auto: as many as pay (default %(default)s)",
+    )
+    parser.add_argument(
+        "--branches",
+        type=int,
+        default=1,
+        metavar="K",
+        help="candidates for the token behind a round that are drafted on while the round is checked "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--sampler",
+        default="coupled",
+        metavar="NAME",
+        help="for temperatures above 0. coupled: a seed gives the text that it gives without drafting; rejection: more "
+        "guesses are accepted, and only the distribution is the same (default %(default)s)",
+    )
+
+
+def drafting_config(args: argparse.Namespace) -> DraftConfig:
+    """The settings of a device.
+
+    Raises:
+        UsageError: names the option and echoes the value.
+    """
+    from hat_runtime.device.drafting.factory import check_name
+    from hat_runtime.device.policy import DraftConfig
+
+    check_name(args.drafter)
+    return DraftConfig(
+        max_draft=args.max_draft,
+        stop_threshold=_number(args.stop_threshold, "--stop-threshold", float),
+        window=_number(args.window, "--window", int),
+        branches=args.branches,
+        sampler=args.sampler,
+    )
+
+
+def _number(value: str, option: str, kind: Callable[[str], T]) -> T | None:
+    if value == "auto":
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{option} {value!r}: must be auto or a number") from None
