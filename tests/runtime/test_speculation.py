@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import product
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ async def test_drafts_are_accepted(
 ) -> None:
     """Fewer rounds than tokens, and the accounts agree on both sides."""
     config = DraftConfig(4, window=1, adaptive=False)
-        async with speculating(tiny_llama, drafters[drafter], config) as (generator, cloud):
+    async with speculating(tiny_llama, drafters[drafter], config) as (generator, cloud):
         requests = [ask(generator, prompt, NEW) for prompt in PROMPTS]
         for request, text in zip(requests, want, strict=True):
             assert await ids(generator, request) == text
