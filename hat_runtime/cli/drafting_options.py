@@ -50,8 +50,8 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="candidates for the token behind a round that are drafted on while the round is checked "
-        "(default %(default)s)",
+        help="candidates for the token behind a round that are drafted on while the round is checked; 0: "
+        "the device waits meanwhile (default %(default)s)",
     )
     parser.add_argument(
         "--sampler",

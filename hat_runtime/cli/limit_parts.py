@@ -20,6 +20,7 @@ def bare_layers(
     prompt_tokens: int,
     cores: frozenset[int] | None = None,
     timeout_s: float = 600.0,
+    drafter: Path | None = None,
 ) -> dict[str, float]:
     """hat_runtime.model.calibrate's ComputeParts as a dict, in seconds; nothing else should run meanwhile.
 
@@ -30,9 +31,11 @@ def bare_layers(
         prompt_tokens: length of the prompt, and of the context of a single token.
         cores: processor cores to use; default: all of ours.
         timeout_s: for all of it.
+        drafter: a file of `hat train-drafter`, to have one of its guesses timed.
     """
     command = [sys.executable, "-m", "hat_runtime.model.calibrate", str(folder), "--dtype", dtype]
     command += ["--input-layers", str(input_layers), "--prompt-tokens", str(prompt_tokens)]
+    command += [] if drafter is None else ["--drafter", str(drafter)]
     with Children() as children:
         child = children.start("calibration", command, cores=cores)
         child.wait(timeout_s)

@@ -31,6 +31,7 @@ class PairConfig:
     input_layers: int = INPUT_LAYERS
     dtype: str = "bfloat16"
     chunk_tokens: int = 128
+    drafter: str = "none"
     listen: str = "127.0.0.1:0"
     """Of the device's API; port 0: a free one."""
     device_cores: frozenset[int] | None = None
@@ -107,6 +108,7 @@ def running_pair(
         command = hat_command("device", "serve", *common, "--listen", api)
         command += ["--cloud", link.address if link else cloud_address]
         command += ["--chunk-tokens", str(config.chunk_tokens), "--keep-sessions", "0", "--grace", "1"]
+        command += ["--drafter", config.drafter]
         device = children.start("device", command, cores=config.device_cores)
         cloud.wait_ready(f"http://{cloud_http}/readyz", READY_S, tick=device.check)
         device.wait_ready(f"http://{api}/readyz", READY_S, tick=cloud.check)

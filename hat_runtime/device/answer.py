@@ -230,6 +230,7 @@ class Answer:
         self._policy.learn(turn)
         stats.accepted_tokens += accepted
         stats.draft_tokens += accepted + turn.dropped
+        stats.refusals += turn.refused
         metrics.accepted_tokens.inc(accepted)
         metrics.draft_tokens.inc(accepted + turn.dropped)
         if turn.fresh:

@@ -35,7 +35,8 @@ class DraftConfig:
     window: int | None = None
     """Rounds in flight; None: as many as pay."""
     branches: int = 1
-    """Candidates for the token behind a round whose continuations are drafted while the round is checked."""
+    """Candidates for the token behind a round whose continuations are drafted while the round is checked; 0: the
+    device waits."""
     sampler: str = COUPLED
     adaptive: bool = True
     """Stop drafting where it does not pay."""
@@ -47,8 +48,8 @@ class DraftConfig:
             raise UsageError(f"--stop-threshold {self.stop_threshold}: must be auto or 0 to 1")
         if self.window is not None and not 1 <= self.window <= 16:
             raise UsageError(f"--window {self.window}: must be auto or 1 to 16 rounds")
-        if not 1 <= self.branches <= 8:
-            raise UsageError(f"branches {self.branches}: must be 1 to 8")
+        if not 0 <= self.branches <= 8:
+            raise UsageError(f"--branches {self.branches}: must be 0 to 8")
         if self.sampler not in SAMPLERS:
             raise UsageError(f"--sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
 
@@ -92,7 +93,9 @@ class DraftPolicy:
             elapsed_s: since then.
         """
         unsent = len(spec.drafts) - sent
-        if not self.drafting or self.times.steps_left(elapsed_s) < 1 or len(spec.drafts) >= MOST_AHEAD:
+        if not self.drafting or not self.config.branches or len(spec.drafts) >= MOST_AHEAD:
+            return None
+        if self.times.steps_left(elapsed_s) < 1:
             return None
         if unsent > self.config.max_draft or (unsent > 1 and self._round_is_full(spec.drafts[sent + 1 :])):
             return None

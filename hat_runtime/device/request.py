@@ -41,6 +41,8 @@ class GenerationStats:
     """Tokens that the device guessed."""
     accepted_tokens: int = 0
     """How many of them the target agreed with."""
+    refusals: int = 0
+    """Rounds in which the target put another token in a guess's place."""
     finish_reason: str = ""
     """"stop", "length", "cancelled" or "error"."""
     chunk_tokens: int = 0

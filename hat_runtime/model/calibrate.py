@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hat_runtime.errors import ModelError
+from hat_runtime.model.drafter import load_drafter, rotate, rotation
 from hat_runtime.model.split import cloud_layers, device_layers
 from hat_runtime.wire.codec import DTYPES, row_bytes
 
@@ -41,6 +42,8 @@ class ComputeParts:
     """Middle layers, a token of the prompt; whole or in chunks, whichever is faster."""
     s: float
     """Embedding and input layers, a token of the prompt; whole or in chunks, whichever is faster."""
+    t_draft: float
+    """Input layers, drafter and its head, one token; 0 where no drafter was named."""
     hidden_bytes: int
     """One hidden state on the wire."""
     prompt_tokens: int
@@ -118,6 +121,7 @@ def calibrate(
     context_tokens: int | None = None,
     repeats: int = 30,
     prompt_repeats: int = 3,
+    drafter: Path | None = None,
 ) -> ComputeParts:
     """Measure the parts of a limit; each is the fastest of its repeats.
 
@@ -129,6 +133,7 @@ def calibrate(
         context_tokens: tokens before the one that is timed; default `prompt_tokens`.
         repeats: of one token.
         prompt_repeats: of the prompt, for each chunk size.
+        drafter: a file of `hat train-drafter`.
     """
     bare = BareModel(folder, DTYPES[dtype])
     low, high = device_layers(input_layers, bare.num_layers), cloud_layers(input_layers, bare.num_layers)
@@ -147,8 +152,10 @@ def calibrate(
         return bare.layers(rows[:, start:end], high.lo, high.hi, cache, start, everywhere[:, start:end])
 
     deep = middle(0, 1, DynamicCache())
+    t_in = _one_token(shallow, context, repeats)
     return ComputeParts(
-        t_in=_one_token(shallow, context, repeats),
+        t_in=t_in,
+        t_draft=0.0 if drafter is None else t_in + _one_draft(drafter, bare, context, repeats),
         t_head=_best(lambda: int(bare.head(deep).argmax()), repeats),
         t_cloud=_one_token(middle, context, repeats),
         beta=_per_token(middle, prompt_tokens, prompt_repeats),
@@ -180,6 +187,30 @@ def _one_token(run: _Pass, context: int, repeats: int) -> float:
 
     step()
     return _best(step, repeats)
+
+
+def _one_draft(path: Path, bare: BareModel, context: int, repeats: int) -> float:
+    """Seconds of one guess by a trained drafter after `context` tokens: plain torch, no cache of ours."""
+    net, ids = load_drafter(path, bare.model.dtype, torch.device("cpu"))
+    shape, head = net.shape, bare.model.lm_head.weight[ids]
+    row = torch.randn(1, shape.hidden_size, dtype=bare.model.dtype)
+    past = torch.randn(2, 1, shape.kv_heads, context, shape.head_dim, dtype=bare.model.dtype)
+    turn = rotation(torch.tensor([context]), shape)
+
+    def draft() -> None:
+        rows = net.rows(row, row)
+        heads = net.project(rows)
+        turned = rotate(heads[:, : shape.heads + shape.kv_heads], turn).transpose(0, 1)[None]
+        key = torch.cat([past[0], turned[:, shape.heads :]], 2)
+        value = torch.cat([past[1], heads[:, shape.heads + shape.kv_heads :].transpose(0, 1)[None]], 2)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            turned[:, : shape.heads], key, value, enable_gqa=True
+        )
+        guess = net.finish(rows, attended.transpose(1, 2).reshape(1, -1))
+        torch.nn.functional.linear(guess, head).argmax()
+
+    draft()
+    return _best(draft, repeats)
 
 
 def _per_token(run: _Pass, tokens: int, repeats: int) -> float:
@@ -214,12 +245,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--context-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--drafter", type=Path)
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     parts = calibrate(
-        args.folder, args.input_layers, args.dtype, args.prompt_tokens, args.context_tokens, args.repeats
+        args.folder,
+        args.input_layers,
+        args.dtype,
+        args.prompt_tokens,
+        args.context_tokens,
+        args.repeats,
+        drafter=args.drafter,
     )
     print(json.dumps(dataclasses.asdict(parts)))
 

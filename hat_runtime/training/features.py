@@ -117,13 +117,16 @@ def _states(teacher: Teacher, answers: Sequence[AnsweredText]) -> list[TextState
     found = []
     for answer, state in zip(answers, states, strict=True):
         deep = state.deep[answer.prompt_tokens - 1 : -1]
-        top_p, top_ids = torch.softmax(teacher.ends.head(deep), -1).topk(TOP)
+        normed = teacher.ends.final_norm(deep)
+        logits = teacher.ends.logits(normed)
+        values, top_ids = logits.topk(TOP)
+        top_p = torch.exp(values - torch.logsumexp(logits, -1, keepdim=True))
         found.append(
             TextStates(
                 torch.tensor(answer.ids, dtype=torch.int32),
                 answer.prompt_tokens,
                 state.shallow.cpu(),
-                teacher.ends.final_norm(deep).cpu(),
+                normed.cpu(),
                 top_ids.int().cpu(),
                 top_p.half().cpu(),
             )

@@ -1,0 +1,1 @@
+"""`hat bench`: the papers' tables on this machine."""
