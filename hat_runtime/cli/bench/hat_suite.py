@@ -91,7 +91,7 @@ def running_stand(
     def cloud(name: str, *options: str) -> tuple[str, str, Child]:
         address, http = free_address(), free_address()
         command = hat_command("cloud", "serve", *common, "--input-layers", str(config.input_layers))
-        command += ["--listen", address, "--http-listen", http, "--kv-memory", "512MiB", *options]
+        command += ["--listen", address, "--http-listen", http, "--kv-memory", "0.5", *options]
         return address, http, children.start(name, command, cores=config.cloud_cores)
 
     say(f"starting 2 clouds and {len(config.rows)} devices")
