@@ -25,7 +25,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 1)
+PROTOCOL = (1, 2)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name

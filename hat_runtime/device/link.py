@@ -21,7 +21,7 @@ from hat_runtime.wire.codec import dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 1
+PROTOCOL_MINOR = 2
 TELEMETRY_EVERY_S = 5.0
 
 
