@@ -44,6 +44,10 @@ class GenerationStats:
     cloud_compute_s: float = 0.0
     """Sum over the Steps, in the cloud's own clock. Steps that shared a pass count it each."""
     cloud_queue_s: float = 0.0
+    draft_tokens: int = 0
+    """Tokens that the device proposed."""
+    accepted_tokens: int = 0
+    """Of these, the ones that are in the text."""
     evictions: int = 0
     """Times that the cloud gave the KV cache or the session away and the device uploaded again."""
 

@@ -28,6 +28,8 @@ class Binding:
     dtype: torch.dtype
     hidden_size: int
     codec: str = codec.RAW
+    mode: str = ""
+    """As DescribeReply.mode; "" is hat."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class StepResult:
     compute_s: float = 0.0
     batch_tokens: int = 0
     suggested_chunk: int = 0
+    verdict: pb.Verdict | None = None
+    """Token mode, want LAST."""
 
 
 @dataclass(eq=False)
@@ -65,6 +69,16 @@ class Step:
     def n(self) -> int:
         """Tokens in the Step."""
         return len(self.hidden)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of what it carries, for the estimate of the link's rate."""
+        return self.hidden.nbytes
+
+    @property
+    def rows_wanted(self) -> int:
+        """Deep states that its Result brings."""
+        return {NONE: 0, LAST: 1, ALL: self.n}[self.want]
 
     def messages(self, max_frame_bytes: int) -> Iterator[pb.DeviceMessage]:
         """The Step's frames; 0 stands for the protocol's own limit."""
