@@ -29,6 +29,7 @@ from hat_runtime.model import hf
 from hat_runtime.model.attention import make_backend
 from hat_runtime.model.manifest import PartSpan, identity
 from hat_runtime.model.runner import LayerRunner, make_cache
+from hat_runtime.model.speculation import TOP_K
 from hat_runtime.model.split import LayerRange, cloud_layers
 from hat_runtime.model.tokenizer_id import tokenizer_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
@@ -64,6 +65,8 @@ class CloudConfig:
     kv_pages: int | None = None
     """Pages of the KV cache, instead of kv_bytes."""
     max_sessions: int = 64
+    top_k: int = TOP_K
+    """Tokens that answer a refusal with sampler "topk" (mode "picospec")."""
     max_step_tokens: int = frames.MAX_STEP_TOKENS
     max_inflight_steps: int = 32
     drain_s: float = 5.0
@@ -220,7 +223,8 @@ def _assemble(
         vocab_size=loaded.ends.vocab_size,
         tokenizer_id=tokenizer_id(config.model),
     )
-    return TokenEngine(loaded.runner, loaded.ends, config.engine, metrics, loop), served
+    tokens = TokenEngine(loaded.runner, loaded.ends, config.engine, metrics, loop, top_k=config.top_k)
+    return tokens, served
 
 
 def _device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from hat_runtime.cloud.session import Failed, Session, StepDone, StepWork, Want
 from hat_runtime.cloud.tokens import Decoded, Target, Tokens, Verdict
 from hat_runtime.model.hf import DeviceEnds
 from hat_runtime.model.runner import LayerRunner
-from hat_runtime.model.speculation import THINNING, Weighted, accepts, draws, top_k
+from hat_runtime.model.speculation import THINNING, TOP_K, Weighted, accepts, draws, top_k
 
 
 class TokenEngine(Engine):
@@ -35,9 +35,12 @@ class TokenEngine(Engine):
         metrics: CloudMetrics,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        top_k: int = TOP_K,
     ) -> None:
         super().__init__(runner, config, metrics, loop, clock)
         self._ends = ends
+        self._top_k = top_k
 
     # Before a pass
 
@@ -138,7 +141,7 @@ class TokenEngine(Engine):
             accepted=index - _tokens(work).given,
             refused=True,
             next=state.token_at(position),
-            offered=_offer(session, position),
+            offered=self._offer(session, position),
         )
         self._leave(session, work, verdict)
         self._go_ahead(session, afresh=True)
@@ -156,11 +159,20 @@ class TokenEngine(Engine):
             return
         following, offered = state.token_at(end), None
         if tokens.redraw:
-            offered = _offer(session, end, tokens.redraw)
+            offered = self._offer(session, end, tokens.redraw)
         elif state.tip is not None and not tokens.drafts:
             following = state.tip.choice
         self._leave(session, work, Verdict(tokens.drafts, next=following, offered=offered))
         self._go_ahead(session, afresh=not tokens.drafts)
+
+    def _offer(self, session: Session, position: int, attempt: int = 0) -> Weighted | None:
+        """What the device draws a correction from, where the cloud does not choose it."""
+        tip, choosing = session.tokens.tip, session.tokens.choosing
+        if tip is None or choosing is None:
+            return None
+        if choosing.sampler == THINNING:
+            return draws(tip.p, choosing.params.seed, position, attempt)
+        return top_k(tip.p, self._top_k)
 
     def _leave(self, session: Session, work: StepWork, verdict: Verdict | None) -> None:
         session.queue.popleft()
@@ -232,13 +244,3 @@ def _stands(session: Session, work: StepWork, index: int) -> bool:
     assert state.choosing is not None
     q = tokens.q[index - tokens.given]
     return accepts(float(state.tip.p[token]), q, state.choosing.params.seed, position)
-
-
-def _offer(session: Session, position: int, attempt: int = 0) -> Weighted | None:
-    """What the device draws a correction from, where the cloud does not choose it."""
-    tip, choosing = session.tokens.tip, session.tokens.choosing
-    if tip is None or choosing is None:
-        return None
-    if choosing.sampler == THINNING:
-        return draws(tip.p, choosing.params.seed, position, attempt)
-    return top_k(tip.p)

@@ -51,6 +51,8 @@ class CloudSession:
         self._unanswered: deque[Step] = deque()
         self.on_decoded: Callable[[pb.Decoded], None] | None = None
         """Takes what the cloud decodes by itself (mode picospec)."""
+        self.on_evicted: Callable[[], None] | None = None
+        """Is told that the cloud gave the KV cache away, also when no Step waits for a Result."""
         self.on_end: Callable[[HatError], None] | None = None
         """Is told why the session ended, also when no Step waits for a Result."""
         self._wake_writer = asyncio.Event()
@@ -279,6 +281,8 @@ class CloudSession:
             self._drop_unsent()
             self.epoch += 1
             self._end = self.committed
+            if self.on_evicted is not None:
+                self.on_evicted()
         elif kind == "drain":
             self.draining = True
         elif kind == "decoded" and self.on_decoded is not None:

@@ -129,9 +129,10 @@ class TokenAnswer(Answer):
         if self.conversation is None:
             return
         conversation, session = self.conversation, self.conversation.session
-        session.on_decoded = session.on_end = None
+        session.on_decoded = session.on_end = session.on_evicted = None
         conversation.tokens = self.text[: self.settled]
-        conversation.shallow = min(self._drafted, self.settled)
+        plain = self._config.max_draft == 0  # nothing runs here, so nothing is lacking
+        conversation.shallow = self.settled if plain else min(self._drafted, self.settled)
         ended = self.request.stats.finish_reason in (STOP, LENGTH)
         if not ended and (self._ahead > 1 or self.settled == len(self.request.prompt_ids)):
             self._count_bytes()
@@ -158,7 +159,7 @@ class TokenAnswer(Answer):
             session.discard()  # what the cloud still decodes by itself belongs to the last request
         self._first_epoch = session.epoch
         session.on_decoded = self._decoded_in_turn
-        session.on_end = self._ended
+        session.on_end, session.on_evicted = self._ended, self._evicted
         self._drafted = min(conversation.shallow, self.settled - 1) if self._era == 0 else self._drafted
         self._restart(min(conversation.held, self.settled - 1) if reused else 0)
 
@@ -307,6 +308,10 @@ class TokenAnswer(Answer):
         self._link.metrics.accepted_tokens.inc()
 
     # When something is lost
+
+    def _evicted(self) -> None:
+        if not self.current.session.unanswered:  # else a stale Result tells
+            self._resend()
 
     def _resend(self) -> None:
         """The cloud gave the session's KV cache to others."""

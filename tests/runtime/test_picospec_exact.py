@@ -51,7 +51,7 @@ async def test_greedy_text_is_the_whole_models(
         assert 0 <= accepted <= drafted
         if name == "target itself":
             rounds = sum(request.stats.rounds for request in requests)
-            assert accepted >= 3 * NEW * (0.5 if gamma == 1 else 0.75)
+            assert accepted >= 3 * NEW * (0.3 if gamma == 1 else 0.5)
             assert rounds < 3 * NEW
         elif name == "close":
             assert accepted > 0
