@@ -214,9 +214,9 @@ def _about(args: argparse.Namespace) -> str:
 Greedy answers of {args.new_tokens} tokens to {args.prompts} prompts of each set, {args.dtype},
 gamma = {args.max_draft}, links of 100 Mbit/s, device and cloud pinned to one core each. Absolute times depend on the
 machine; ratios are of things measured in one run. "Cloud alone" streams what the same server decodes without
-drafts, and pays no round trip a token. A round is a Step that was judged; the bound max(T_draft, T_RTT + T_verify) is the paper's (arXiv 2603.19133,
-whose published runs reach 60 to 67 % of it), from bare passes of both models and a raw socket through the same
-emulated link. "accepted" counts drafts that were thrown away behind a refusal as not accepted.
+drafts, and pays no round trip a token. A round is a Step that was judged; the bound max(T_draft, T_RTT + T_verify) is
+the paper's (arXiv 2603.19133, whose published runs reach 60 to 67 % of it), from bare passes of both models and a raw
+socket through the same emulated link. "accepted" counts drafts that were thrown away behind a refusal as not accepted.
 """
 
 

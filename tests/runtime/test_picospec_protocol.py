@@ -130,7 +130,6 @@ async def test_the_correction_is_run_before_the_device_answers(cloud: RunningClo
         assert [(n.decoded.start_pos, list(n.decoded.ids)) for n in session.notices] == [
             (6 + i, [text[i]]) for i in (1, 2, 3)
         ]
-        before = await rows(cloud)
         # All of this is known: two drafts stand, the third does not, and no layer has to run.
         await session.send(step(6, [text[0], text[1], text[2], (text[3] + 1) % 199], 3))
         result = await session.result()
