@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import cast
 
-from hat_runtime.device.drafting import DraftModel
+from hat_runtime.device.token_drafting import DraftModel
 from hat_runtime.device.request import LENGTH, STOP
 from hat_runtime.device.token_uplink import SpeculationConfig, TokenUplink
 

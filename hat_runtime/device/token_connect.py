@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hat_runtime.device.drafting import DraftModel
+from hat_runtime.device.token_drafting import DraftModel
 from hat_runtime.device.generator import GeneratorConfig
 from hat_runtime.device.handshake import check_mode
 from hat_runtime.device.link import CloudLink

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from hat_runtime.device.drafting import DraftModel
+from hat_runtime.device.token_drafting import DraftModel
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.request import (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hat_runtime.device.answer import Answer
-from hat_runtime.device.drafting import Draft
+from hat_runtime.device.token_drafting import Draft
 from hat_runtime.device.steps import LAST, NONE, StepResult
 from hat_runtime.errors import CloudUnavailable, HatError
 from hat_runtime.model.speculation import (
