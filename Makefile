@@ -122,6 +122,11 @@ full-ttft: $(STAMP)  ## time to first token against the physical limit
 full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model
 	@$(BIN)/python benchmarks/codec_quality.py $(ARGS)
 
+.PHONY: full-picospec
+full-picospec: $(STAMP)  ## token mode over slow links: no drafts, synchronous, PicoSpec; and its distribution
+	@$(BIN)/python -m pytest tests/runtime/test_picospec_distribution.py -m long
+	@$(BIN)/python benchmarks/picospec.py $(ARGS)
+
 .PHONY: full-operator-cost
 full-operator-cost: $(STAMP)  ## the operator's writes, times and memory with 30 to 1,000 fake devices
 	@$(BIN)/python benchmarks/operator_cost.py $(ARGS)

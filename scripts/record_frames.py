@@ -42,6 +42,9 @@ def messages() -> dict[str, Message]:
             limits=LIMITS,
             pages=pb.PageBudget(page_tokens=16, total=4096, free=4000),
             padding=b"\x00\xff\x7f",
+            mode="picospec",
+            vocab_size=49152,
+            tokenizer_id="7e" * 32,
         ),
         "device_open": pb.DeviceMessage(
             open=pb.Open(
@@ -57,6 +60,7 @@ def messages() -> dict[str, Message]:
                 resume=pb.Resume(session_id="0a" * 16),
                 protocol_minor=2,
                 device="jetson-1.site-a",
+                mode="picospec",
             )
         ),
         "device_step": pb.DeviceMessage(
@@ -69,6 +73,28 @@ def messages() -> dict[str, Message]:
                 more=True,
                 request_id="req-1",
                 decode=True,
+            )
+        ),
+        "device_token_step": pb.DeviceMessage(
+            step=pb.Step(
+                epoch=2,
+                start_pos=17,
+                n=3,
+                want=pb.WANT_LAST,
+                tokens=pb.TokenStep(
+                    ids=[49151, 1, 300],
+                    drafts=2,
+                    q=[0.5, 0.0625],
+                    sampling=pb.Sampling(
+                        sampler="thinning",
+                        temperature=0.75,
+                        top_p=0.875,
+                        seed=2**64 - 2,
+                        ahead=1,
+                        stop_ids=[2, 7],
+                    ),
+                    redraw=1,
+                ),
             )
         ),
         "device_telemetry": pb.DeviceMessage(
@@ -103,6 +129,20 @@ def messages() -> dict[str, Message]:
                 batch_tokens=9,
                 suggested_chunk=96,
             )
+        ),
+        "cloud_verdict": pb.CloudMessage(
+            result=pb.Result(
+                status=pb.STATUS_OK,
+                epoch=2,
+                start_pos=17,
+                n=3,
+                verdict=pb.Verdict(
+                    accepted=1, refused=True, next=12, ids=[12, 4000], probabilities=[0.5, 0.25]
+                ),
+            )
+        ),
+        "cloud_decoded": pb.CloudMessage(
+            notice=pb.Notice(decoded=pb.Decoded(epoch=3, start_pos=19, ids=[12, 300]))
         ),
         "cloud_evicted": pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=11))),
         "cloud_drain": pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=30000))),

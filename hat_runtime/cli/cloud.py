@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hat_runtime.cli import options
+from hat_runtime.cli import options, picospec_options
 from hat_runtime.cli.command import Command
 
 
@@ -23,6 +23,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="layers that run on the devices; this cloud runs the others "
         "(not needed for a folder that holds the cloud's part)",
     )
+    picospec_options.add_mode(serve)
     serve.add_argument(
         "--listen", default="127.0.0.1:7070", metavar="HOST:PORT", help="gRPC (default %(default)s)"
     )
@@ -76,6 +77,7 @@ def _serve(args: argparse.Namespace) -> int:
     config = CloudConfig(
         model=Path(args.model),
         input_layers=args.input_layers,
+        mode=args.mode,
         host=host,
         port=port,
         http_host=http_host,

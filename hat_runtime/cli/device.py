@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from hat_runtime.cli import picospec_options
 from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import (
@@ -21,6 +22,7 @@ EXAMPLES = """\
 examples:
   hat device serve --model ./smollm2 --cloud 10.0.0.5:7070
   hat device serve --model ./smollm2 --cloud 10.0.0.5:7070 --listen 0.0.0.0:8000 --api-key-file keys.txt
+  hat device serve --mode picospec --draft-model ./small --model ./smollm2 --cloud 10.0.0.5:7070
 
 Then talk to it with any OpenAI client whose base URL is http://HOST:PORT/v1.
 """
@@ -59,6 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens of a prompt that travel together; 0 = the whole prompt at once (default %(default)s)",
     )
     add_drafting(serve)
+    picospec_options.add_mode(serve)
+    picospec_options.add_speculation(serve)
     add_dtype(serve)
     add_uplink_codec(serve)
     serve.add_argument(
@@ -136,6 +140,7 @@ def run_serve(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--device-name {args.device_name!r}: only letters, digits, '.', '_' and '-', at most 253 of them"
         )
+    picospec_options.check(args)
     host, port = parse_host_port(args.listen, "--listen")
     http.bind(host, port, "--listen").close()  # a busy port is told before seconds of imports
 
@@ -147,6 +152,9 @@ def run_serve(args: argparse.Namespace) -> int:
 
     config = DeviceConfig(
         model=args.model,
+        mode=args.mode,
+        draft_model=picospec_options.draft_folder(args),
+        speculation=picospec_options.speculation(args),
         cloud=args.cloud,
         listen_host=host,
         listen_port=port,

@@ -28,9 +28,8 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-draft",
         type=int,
-        default=6,
         metavar="N",
-        help="most guesses in a round (default %(default)s)",
+        help="most guesses in a round (default 6; with --mode picospec 4, and 0: the cloud decodes by itself)",
     )
     parser.add_argument(
         "--stop-threshold",
@@ -43,7 +42,7 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
         "--window",
         default="auto",
         metavar="N",
-        help="rounds that may be under way at once; auto: as many as pay (default %(default)s)",
+        help="rounds that may be under way at once; auto: as many as pay, with --mode picospec 2 (default %(default)s)",
     )
     parser.add_argument(
         "--branches",
@@ -58,7 +57,8 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
         default="coupled",
         metavar="NAME",
         help="for temperatures above 0. coupled: a seed gives the text that it gives without drafting; rejection: more "
-        "guesses are accepted, and only the distribution is the same (default %(default)s)",
+        "guesses are accepted, and only the distribution is the same. --mode picospec has coupled, thinning (exact in "
+        "distribution) and topk (the paper's, which is not exact) (default %(default)s)",
     )
 
 
@@ -71,9 +71,11 @@ def drafting_config(args: argparse.Namespace) -> DraftConfig:
     from hat_runtime.device.drafting.factory import check_name
     from hat_runtime.device.policy import DraftConfig
 
+    if args.mode != "hat":
+        return DraftConfig()  # token mode drafts in its own way
     check_name(args.drafter)
     return DraftConfig(
-        max_draft=args.max_draft,
+        max_draft=6 if args.max_draft is None else args.max_draft,
         stop_threshold=_number(args.stop_threshold, "--stop-threshold", float),
         window=_number(args.window, "--window", int),
         branches=args.branches,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hat_runtime.cli import picospec_options
 from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import add_dtype, add_uplink_codec, parse_host_port, parse_uplink_codec
@@ -77,6 +78,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     add_drafting(parser)
+    picospec_options.add_mode(parser)
+    picospec_options.add_speculation(parser)
     add_dtype(parser)
     add_uplink_codec(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
@@ -111,7 +114,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < least:
             raise UsageError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
+    picospec_options.check(args)
     if args.local:
+        if args.mode != "hat":
+            raise UsageError(f"--local is the whole model here; --mode {args.mode} goes with --cloud")
         if args.temperature:
             raise UsageError("--local is the greedy reference; --temperature goes with --cloud")
         if args.concurrency != 1:
@@ -158,8 +164,9 @@ async def _answer_through_cloud(
     from hat_runtime.device.bulk import BulkOptions, answer_all
     from hat_runtime.device.chat import PromptEncoder
     from hat_runtime.device.connect import connect
-    from hat_runtime.device.generator import GeneratorConfig
+    from hat_runtime.device.generator import Generator, GeneratorConfig
     from hat_runtime.device.sampling import SamplingParams
+    from hat_runtime.device.token_connect import connect_tokens
     from hat_runtime.model.hf import context_length, load_tokenizer
 
     options = BulkOptions(
@@ -179,16 +186,30 @@ async def _answer_through_cloud(
     ]
     context = context_length(args.model)
     longest = sorted(min(len(ids) + args.max_new_tokens, context) for ids in encoded)[-args.concurrency :]
-    generator = await connect(
-        args.model,
-        args.cloud,
-        args.dtype,
-        codecs=parse_uplink_codec(args.uplink_codec),
-        # Every prompt stands for itself: no session is kept, so bytes and times do not depend on the one before.
-        config=GeneratorConfig(max_idle_conversations=0, drafting=drafting_config(args)),
-        drafter=args.drafter,
-        kv_tokens=sum(longest) + SPARE_KV_TOKENS * len(longest),
-    )
+    # Every prompt stands for itself: no session is kept, so bytes and times do not depend on the one before.
+    config = GeneratorConfig(max_idle_conversations=0, drafting=drafting_config(args))
+    kv_tokens = sum(longest) + SPARE_KV_TOKENS * len(longest)
+    if (draft := picospec_options.draft_folder(args)) is not None:
+        speculation = picospec_options.speculation(args)
+        generator: Generator = await connect_tokens(
+            args.model,
+            draft,
+            args.cloud,
+            args.dtype,
+            config=config,
+            kv_tokens=kv_tokens,
+            speculation=speculation,
+        )
+    else:
+        generator = await connect(
+            args.model,
+            args.cloud,
+            args.dtype,
+            codecs=parse_uplink_codec(args.uplink_codec),
+            config=config,
+            drafter=args.drafter,
+            kv_tokens=kv_tokens,
+        )
     answers = answer_all(generator, encoded, options)
     try:
         for prompt, ids in zip(prompts, encoded, strict=True):

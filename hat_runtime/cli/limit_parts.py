@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hat_runtime.cli.processes import Children
@@ -33,9 +34,34 @@ def bare_layers(
         timeout_s: for all of it.
         drafter: a file of `hat train-drafter`, to have one of its guesses timed.
     """
-    command = [sys.executable, "-m", "hat_runtime.model.calibrate", str(folder), "--dtype", dtype]
+    command = [str(folder), "--dtype", dtype]
     command += ["--input-layers", str(input_layers), "--prompt-tokens", str(prompt_tokens)]
     command += [] if drafter is None else ["--drafter", str(drafter)]
+    return _calibration(command, cores, timeout_s)
+
+
+def bare_passes(
+    folder: Path,
+    tokens: Sequence[int],
+    dtype: str,
+    cores: frozenset[int] | None = None,
+    timeout_s: float = 600.0,
+) -> dict[int, float]:
+    """Seconds of a bare pass of the whole model for each number of tokens; nothing else should run meanwhile."""
+    command = [
+        str(folder),
+        "--dtype",
+        dtype,
+        "--prompt-tokens",
+        "200",
+        "--passes",
+        ",".join(map(str, tokens)),
+    ]
+    return {int(count): seconds for count, seconds in _calibration(command, cores, timeout_s).items()}
+
+
+def _calibration(arguments: list[str], cores: frozenset[int] | None, timeout_s: float) -> dict[str, float]:
+    command = [sys.executable, "-m", "hat_runtime.model.calibrate", *arguments]
     with Children() as children:
         child = children.start("calibration", command, cores=cores)
         child.wait(timeout_s)

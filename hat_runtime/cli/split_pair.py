@@ -37,6 +37,24 @@ class PairConfig:
     device_cores: frozenset[int] | None = None
     """Processor cores that the device may use; None: all of ours."""
     cloud_cores: frozenset[int] | None = None
+    draft_model: Path | None = None
+    """Mode picospec, with this model on the device; None: mode hat."""
+    speculation: tuple[str, ...] = ()
+    """Further options of `hat device serve`."""
+
+    @property
+    def cloud_options(self) -> list[str]:
+        """What makes the cloud one of the mode."""
+        if self.draft_model is not None:
+            return ["--mode", "picospec"]
+        return ["--input-layers", str(self.input_layers)]
+
+    @property
+    def device_options(self) -> list[str]:
+        """What makes the device one of the mode."""
+        if self.draft_model is None:
+            return [*self.speculation]
+        return ["--mode", "picospec", "--draft-model", str(self.draft_model), *self.speculation]
 
 
 @dataclass(frozen=True)
@@ -102,10 +120,10 @@ def running_pair(
         link = stack.enter_context(EmulatedLink(cloud_address, config.link)) if config.link else None
         say("Starting the cloud and the device ...")
         # Together, because most of the time goes into loading libraries; the device waits for the cloud.
-        command = hat_command("cloud", "serve", *common, "--input-layers", str(config.input_layers))
+        command = hat_command("cloud", "serve", *common, *config.cloud_options)
         command += ["--listen", cloud_address, "--http-listen", cloud_http]
         cloud = children.start("cloud", command, cores=config.cloud_cores)
-        command = hat_command("device", "serve", *common, "--listen", api)
+        command = hat_command("device", "serve", *common, *config.device_options, "--listen", api)
         command += ["--cloud", link.address if link else cloud_address]
         command += ["--chunk-tokens", str(config.chunk_tokens), "--keep-sessions", "0", "--grace", "1"]
         command += ["--drafter", config.drafter]

@@ -92,8 +92,8 @@ class StepAssembler:
             raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
 
 
-def result_frames(done: StepDone) -> Iterator[pb.CloudMessage]:
-    """The frames that answer one Step."""
+def result_frames(done: StepDone, verdict: pb.Verdict | None = None) -> Iterator[pb.CloudMessage]:
+    """The frames that answer one Step; `verdict` goes along in token mode."""
     work = done.work
     payload = b"" if done.deep is None else codec.encode(done.deep)
     for part, more in frames.split(payload):
@@ -108,6 +108,7 @@ def result_frames(done: StepDone) -> Iterator[pb.CloudMessage]:
                 queue_us=_micros(work.first_pass - work.arrived if work.first_pass else 0.0),
                 compute_us=_micros(work.compute_s),
                 batch_tokens=work.batch_tokens,
+                verdict=verdict,
             )
         )
 

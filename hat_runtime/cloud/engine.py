@@ -251,15 +251,24 @@ class Engine:
                 self._fail(session, wrong)
                 return
             session.lost_pages = False
-            if work.start_pos < session.committed:
-                self._metrics.truncated.inc(session.committed - work.start_pos)
-                self.runner.cache.truncate(session.sequence, work.start_pos)
-            return
+            if self._settle(session, work):
+                return
+
+    def _settle(self, session: Session, work: StepWork) -> bool:
+        """Bring the session to the start of a Step that is right; False if it left the queue without compute."""
+        self._truncate(session, work.start_pos)
+        return True
+
+    def _truncate(self, session: Session, length: int) -> None:
+        if length < session.committed:
+            self._metrics.truncated.inc(session.committed - length)
+            self.runner.cache.truncate(session.sequence, length)
 
     def _apply_evictions(self, plan: Plan) -> None:
         for session in plan.evicted:
             session.evictions += bool(session.queue)
             session.lost_pages = True
+            self._forget(session)
             self._metrics.evictions.inc()
             self._events.append((session, Evicted(session.committed)))
             while session.queue:
@@ -269,13 +278,16 @@ class Engine:
             text = f"the KV cache ({self.runner.cache.num_pages} pages) is full; try again later"
             self._fail(plan.refused, Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after_s=1.0))
 
+    def _forget(self, session: Session) -> None:
+        """The session's KV cache is gone: drop what goes with it."""
+
     def _pass(self, passes: list[Planned]) -> float | None:
         """Run one pass and answer what it completes; seconds inside the layers, None if it failed."""
         segments = [
             Segment(
                 planned.session.sequence,
                 planned.start,
-                torch.cat([piece.work.hidden[piece.first : piece.last] for piece in planned.pieces]),
+                self._rows(planned),
                 wanted=any(piece.wanted for piece in planned.pieces),
             )
             for planned in passes
@@ -287,9 +299,8 @@ class Engine:
                     piece.work.first_pass = now
                     self._metrics.queue_seconds.observe(now - piece.work.arrived)
         try:
-            outputs = self.runner.run(segments)
             # Waits for the device, so that the time is the layers' own.
-            outputs = [deep.to("cpu") for deep in outputs]
+            outputs = self._outputs(passes, self.runner.run(segments))
         except Exception:
             log.exception("a pass over %d sessions failed", len(passes))
             for planned in passes:
@@ -302,6 +313,20 @@ class Engine:
         for planned, deep in zip(passes, outputs, strict=True):
             self._complete(planned, deep, forward_s, tokens)
         return forward_s
+
+    def _rows(self, planned: Planned) -> torch.Tensor:
+        """What goes into the layers, [rows, hidden_size]."""
+        return torch.cat(
+            [
+                piece.work.hidden[piece.first : piece.last]
+                for piece in planned.pieces
+                if piece.work.hidden is not None
+            ]
+        )
+
+    def _outputs(self, passes: list[Planned], deep: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What `_complete` needs of the layers' outputs, on the CPU."""
+        return [states.to("cpu") for states in deep]
 
     def _complete(self, planned: Planned, deep: torch.Tensor, forward_s: float, tokens: int) -> None:
         session, row = planned.session, 0

@@ -40,8 +40,9 @@ class Piece:
     @property
     def wanted(self) -> bool:
         """Whether the device wants a deep state of these rows."""
-        want = self.work.want
-        return want is Want.ALL or (want is Want.LAST and self.last == len(self.work.hidden))
+        want, tokens = self.work.want, self.work.tokens
+        judged = tokens is not None and tokens.drafts > 0  # each draft by the row before it
+        return judged or want is Want.ALL or (want is Want.LAST and self.last == self.work.n)
 
 
 @dataclass

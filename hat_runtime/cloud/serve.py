@@ -21,13 +21,17 @@ from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
+from hat_runtime.cloud.token_engine import TokenEngine
+from hat_runtime.cloud.tokens import MODE as PICOSPEC
 from hat_runtime.errors import HatError, UsageError
 from hat_runtime.http import bind, serving
 from hat_runtime.model import hf
 from hat_runtime.model.attention import make_backend
-from hat_runtime.model.manifest import identity
+from hat_runtime.model.manifest import PartSpan, identity
 from hat_runtime.model.runner import LayerRunner, make_cache
-from hat_runtime.model.split import cloud_layers
+from hat_runtime.model.speculation import TOP_K
+from hat_runtime.model.split import LayerRange, cloud_layers
+from hat_runtime.model.tokenizer_id import tokenizer_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire import codec, frames
@@ -45,6 +49,8 @@ class CloudConfig:
     model: Path
     input_layers: int | None = None
     """m; None takes it from the manifest of a folder that holds the cloud's part only."""
+    mode: str = "hat"
+    """"hat": the layers from m on, for hidden states; "picospec": the whole model, for token ids."""
     host: str = "127.0.0.1"
     port: int = 0
     http_host: str = "127.0.0.1"
@@ -59,6 +65,8 @@ class CloudConfig:
     kv_pages: int | None = None
     """Pages of the KV cache, instead of kv_bytes."""
     max_sessions: int = 64
+    top_k: int = TOP_K
+    """Tokens that answer a refusal with sampler "topk" (mode "picospec")."""
     max_step_tokens: int = frames.MAX_STEP_TOKENS
     max_inflight_steps: int = 32
     drain_s: float = 5.0
@@ -83,6 +91,8 @@ class _Loaded:
     runner: LayerRunner
     identity: pb.ModelIdentity
     context: int
+    ends: hf.DeviceEnds | None = None
+    """Embedding and head; mode "picospec" only."""
 
 
 @asynccontextmanager
@@ -107,8 +117,7 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     async with serving(app, http_socket) as admin_url:
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
-        engine = Engine(loaded.runner, config.engine, metrics, asyncio.get_running_loop())
-        served = Served(loaded.identity, limits, config.engine.scheduler.idle_after_s)
+        engine, served = _assemble(config, loaded, limits, metrics)
         service = RuntimeService(engine, served, metrics, devices)
         server = make_server(service)
         health_service = health.aio.HealthServicer()
@@ -143,14 +152,10 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
 def _load(config: CloudConfig) -> _Loaded:
     manifest = identity(config.model)
     layers_total = hf.num_layers(config.model)
-    input_layers = config.input_layers
-    if input_layers is None:
-        if manifest.part.kind != "cloud":
-            raise UsageError(f"--input-layers is needed: {config.model} holds more than the cloud's part")
-        input_layers = manifest.part.lo
-    layers = cloud_layers(input_layers, layers_total)
-    dtype = codec.DTYPES[config.dtype]
-    part = hf.load_decoder_slice(config.model, layers, dtype, _device(config.device))
+    layers = _layers(config, manifest.part, layers_total)
+    dtype, device = codec.DTYPES[config.dtype], _device(config.device)
+    part = hf.load_decoder_slice(config.model, layers, dtype, device)
+    ends = hf.load_device_ends(config.model, dtype, device) if config.mode == PICOSPEC else None
     pages = config.kv_pages or _pages(config, part)
     cache = make_cache(part, num_pages=pages, page_tokens=config.page_tokens)
     log.info(
@@ -170,8 +175,56 @@ def _load(config: CloudConfig) -> _Loaded:
         hidden_size=part.hidden_size,
     )
     return _Loaded(
-        LayerRunner(part, cache, make_backend(config.attention)), served, hf.context_length(config.model)
+        LayerRunner(part, cache, make_backend(config.attention)),
+        served,
+        hf.context_length(config.model),
+        ends,
     )
+
+
+def _layers(config: CloudConfig, held: PartSpan, total: int) -> LayerRange:
+    """The layers that this cloud runs.
+
+    Raises:
+        UsageError: the mode is none, or --input-layers or the folder does not go with it.
+    """
+    if config.mode == PICOSPEC:
+        if config.input_layers is not None:
+            raise UsageError(
+                f"--input-layers {config.input_layers} goes with --mode hat; a picospec cloud runs every layer"
+            )
+        if held.kind != "all":
+            raise UsageError(
+                f"--mode picospec needs the whole model, but {config.model} holds part {held.kind}"
+            )
+        return LayerRange(0, total)
+    if config.mode != "hat":
+        raise UsageError(f"--mode {config.mode!r}: write hat or picospec")
+    if config.input_layers is not None:
+        return cloud_layers(config.input_layers, total)
+    if held.kind != "cloud":
+        raise UsageError(f"--input-layers is needed: {config.model} holds more than the cloud's part")
+    return cloud_layers(held.lo, total)
+
+
+def _assemble(
+    config: CloudConfig, loaded: _Loaded, limits: pb.Limits, metrics: CloudMetrics
+) -> tuple[Engine, Served]:
+    """The engine of the mode, and what handshakes are compared with."""
+    loop, idle_after_s = asyncio.get_running_loop(), config.engine.scheduler.idle_after_s
+    if loaded.ends is None:
+        engine = Engine(loaded.runner, config.engine, metrics, loop)
+        return engine, Served(loaded.identity, limits, idle_after_s)
+    served = Served(
+        loaded.identity,
+        limits,
+        idle_after_s,
+        mode=config.mode,
+        vocab_size=loaded.ends.vocab_size,
+        tokenizer_id=tokenizer_id(config.model),
+    )
+    tokens = TokenEngine(loaded.runner, loaded.ends, config.engine, metrics, loop, top_k=config.top_k)
+    return tokens, served
 
 
 def _device(name: str) -> torch.device:

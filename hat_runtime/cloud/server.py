@@ -14,11 +14,14 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
+from hat_runtime.cloud import tokens
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone
+from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
+from hat_runtime.cloud.tokens import Decoded
 from hat_runtime.log import request_id, sane_request_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
@@ -42,6 +45,15 @@ class Served:
     identity: pb.ModelIdentity
     limits: pb.Limits
     idle_after_s: float
+    mode: str = ""
+    """"" for hidden states, MODE of tokens.py for token ids."""
+    vocab_size: int = 0
+    tokenizer_id: str = ""
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """What payloads may be encoded as, the preferred one first."""
+        return (tokens.CODEC,) if self.mode else codec.CODECS
 
 
 class _Stream:
@@ -134,10 +146,13 @@ class RuntimeService:
             protocol_minor=PROTOCOL[1],
             software=__version__,
             model=self._served.identity,
-            codecs=codec.CODECS,
+            codecs=self._served.codecs,
             limits=self._served.limits,
             pages=pb.PageBudget(page_tokens=cache.page_tokens, total=cache.num_pages, free=cache.free_pages),
             padding=bytes(request.reply_padding_bytes),
+            mode=self._served.mode,
+            vocab_size=self._served.vocab_size,
+            tokenizer_id=self._served.tokenizer_id,
         )
 
     async def session(
@@ -213,6 +228,7 @@ class RuntimeService:
             text = f"session {opening.resume.session_id!r} is unknown: it ended with its stream"
             raise ProtocolError(text, grpc.StatusCode.NOT_FOUND)
         for field, device, cloud in (
+            ("mode", opening.mode or "hat", self._served.mode or "hat"),
             ("model_revision", opening.model_revision, identity.model_revision),
             ("layers", f"{opening.lo}:{opening.hi}", f"{identity.lo}:{identity.hi}"),
             ("dtype", opening.dtype, identity.dtype),
@@ -223,8 +239,8 @@ class RuntimeService:
                 )
         codecs = _codecs(opening)
         for field, name in (("codec", codecs.prompt), ("decode_codec", codecs.decode)):
-            if name not in codec.CODECS:
-                raise ProtocolError(f"{field} {name!r} is none of {', '.join(codec.CODECS)}", mismatch)
+            if name not in self._served.codecs:
+                raise ProtocolError(f"{field} {name!r} is none of {', '.join(self._served.codecs)}", mismatch)
         if opening.max_tokens > self._served.limits.max_tokens:
             text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
             raise ProtocolError(text)
@@ -259,9 +275,7 @@ class RuntimeService:
         self, requests: AsyncIterator[pb.DeviceMessage | None], session: Session, stream: _Stream
     ) -> None:
         """Feed the engine until the device closes its side or breaks the protocol."""
-        dtype = codec.DTYPES[self._served.identity.dtype]
-        hidden_size = self._served.identity.hidden_size
-        assembler = StepAssembler(hidden_size, dtype, self._served.limits, stream.codecs)
+        assembler = self._assembler(stream)
         try:
             async for message in requests:
                 kind = None if message is None else message.WhichOneof("message")
@@ -286,6 +300,13 @@ class RuntimeService:
             stream.half_close()
         except ProtocolError as error:
             stream.events.put_nowait(Failed(error.code, str(error), error.retry_after_s))
+
+    def _assembler(self, stream: _Stream) -> StepAssembler | TokenAssembler:
+        served = self._served
+        if served.mode:
+            return TokenAssembler(served.vocab_size, served.limits)
+        dtype = codec.DTYPES[served.identity.dtype]
+        return StepAssembler(served.identity.hidden_size, dtype, served.limits, stream.codecs)
 
     def _observe(self, telemetry: pb.Telemetry) -> None:
         for metric, value in (
@@ -321,7 +342,9 @@ def _codecs(opening: pb.Open) -> codec.CodecChoice:
 
 def _messages(event: Any) -> Any:
     if isinstance(event, StepDone):
-        return result_frames(event)
+        return result_frames(event, None if event.verdict is None else verdict_message(event.verdict))
+    if isinstance(event, Decoded):
+        return (decoded_message(event),)
     if isinstance(event, Evicted):
         return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
     return (event,)

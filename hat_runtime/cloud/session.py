@@ -11,6 +11,7 @@ from functools import cached_property
 import grpc
 import torch
 
+from hat_runtime.cloud.tokens import Decoded, Tokens, TokenState, Verdict
 from hat_runtime.model.pages import PagedSequence
 
 
@@ -29,8 +30,8 @@ class StepWork:
     epoch: int
     start_pos: int
     want: Want
-    hidden: torch.Tensor
-    """[n, hidden_size] on the CPU, in the compute dtype."""
+    hidden: torch.Tensor | None
+    """[n, hidden_size] on the CPU, in the compute dtype; None in token mode."""
     arrived: float
     """Monotonic seconds."""
     done: int = 0
@@ -40,10 +41,15 @@ class StepWork:
     """Monotonic seconds at the start of the first pass."""
     compute_s: float = 0.0
     batch_tokens: int = 0
+    tokens: Tokens | None = None
+    """Token mode: what the Step carries instead of hidden states."""
 
     @property
     def n(self) -> int:
         """Tokens in the Step."""
+        if self.tokens is not None:
+            return len(self.tokens.ids)
+        assert self.hidden is not None
         return len(self.hidden)
 
     @property
@@ -59,7 +65,7 @@ class StepWork:
     @cached_property
     def finite(self) -> bool:
         """No value is NaN or infinite. Looked at once, however many passes the Step waits for."""
-        return bool(torch.isfinite(self.hidden).all())
+        return self.hidden is None or bool(torch.isfinite(self.hidden).all())
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class StepDone:
     work: StepWork
     deep: torch.Tensor | None = None
     stale: bool = False
+    verdict: Verdict | None = None
+    """Token mode, want LAST."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Failed:
     retry_after_s: float | None = None
 
 
-Event = StepDone | Evicted | Failed
+Event = StepDone | Evicted | Failed | Decoded
 
 
 @dataclass(eq=False)
@@ -113,6 +121,8 @@ class Session:
     """From an answer to the device's next Step, moving average; None before the first."""
     last_active: float = 0.0
     """Monotonic seconds of the last arrival or answer."""
+    tokens: TokenState = field(default_factory=TokenState)
+    """Token mode only."""
 
     def note_return(self, now: float) -> None:
         """A Step has arrived: learn how long the device takes from an answer to the next Step."""

@@ -152,7 +152,7 @@ class Answer:
                     "raise the device's KV tokens"
                 )
             starved = (await self._model.turn(self._spec, None, NO_DRAFTS)).starved
-        self._settle(turn)
+        self._keep_accounts(turn)
         return turn
 
     def send(self) -> None:
@@ -223,7 +223,7 @@ class Answer:
             if not turn.drafts and branch is None:
                 return
 
-    def _settle(self, turn: Turn) -> None:
+    def _keep_accounts(self, turn: Turn) -> None:
         """Keep the accounts of a judged round."""
         spec, stats, metrics = self._spec, self.request.stats, self._link.metrics
         accepted = sum(right for _, right in turn.judged)

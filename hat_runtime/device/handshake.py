@@ -14,6 +14,9 @@ from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire.codec import RAW, RAW_ONLY, CodecChoice, dtype_name
 
+HAT = "hat"
+"""The mode of hidden states, as people call it; "" on the wire."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -26,6 +29,25 @@ class Comparison:
     fix: str
 
 
+def check_mode(device: str, cloud: str, address: str) -> None:
+    """Refuse a cloud of the other mode.
+
+    Args:
+        device: "" for hat, or "picospec".
+        cloud: as DescribeReply.mode.
+        address: the cloud's.
+
+    Raises:
+        HandshakeError: names both modes, and what to do.
+    """
+    here, there = device or HAT, cloud or HAT
+    if here != there:
+        raise HandshakeError(
+            f"mode differs: {here} on this device, {there} in the cloud at {address}; "
+            f"start this side with --mode {there}, or the cloud with --mode {here}"
+        )
+
+
 def compare(
     manifest: Manifest,
     folder: Path,
@@ -35,6 +57,13 @@ def compare(
 ) -> list[Comparison]:
     """Compare the device's folder, dtype and codecs with what the cloud describes, most important first."""
     cloud = description.model
+    mode = Comparison(
+        "mode",
+        HAT,
+        description.mode or HAT,
+        (description.mode or HAT) == HAT,
+        f"start this side with --mode {description.mode}, or the cloud with --mode {HAT}",
+    )
     other_model = "prepare the same model on both sides with `hat model prepare`"
     weights = Comparison(
         "weights_id",
@@ -65,6 +94,7 @@ def compare(
     width = read_config(folder).get("hidden_size")
     unknown = [name for name in codecs.names if name not in description.codecs]
     return [
+        mode,
         weights,
         revision,
         layers,

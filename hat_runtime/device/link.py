@@ -111,6 +111,7 @@ class CloudLink:
             request_id=request_id,
             protocol_minor=PROTOCOL_MINOR,
             device=device_name,
+            mode=binding.mode,
         )
         session.open(message, self.limits, self.timeout_s)
         return session

@@ -8,6 +8,8 @@ _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.
 _TBT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
+_TV_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
 
 class DeviceMetrics:
     """The metrics of one device, in one registry. No prompt, token or hidden state is in any of them."""
@@ -37,6 +39,12 @@ class DeviceMetrics:
         self.drafting = Gauge(
             "hat_drafting",
             "1 while the device drafts; 0 where there is no drafter, or drafts do not pay.",
+            registry=registry,
+        )
+        self.topk_tv_bound = Histogram(
+            "hat_topk_tv_bound",
+            "Of each correction by sampler topk, 1 - mass(TopK): at most so far from the target's distribution.",
+            buckets=_TV_BUCKETS,
             registry=registry,
         )
         self.evictions = Counter(

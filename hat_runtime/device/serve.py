@@ -24,6 +24,9 @@ from hat_runtime.device.connect import connect
 from hat_runtime.device.drafting.factory import AUTO, check_name
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.device.token_answer import SpeculationConfig
+from hat_runtime.device.token_connect import connect_tokens
+from hat_runtime.device.token_steps import MODE
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
 from hat_runtime.model.hf import load_config, load_tokenizer
 from hat_runtime.process import spare_collector
@@ -46,6 +49,11 @@ class DeviceConfig:
     model: Path
     cloud: str
     """HOST:PORT of the cloud's gRPC server."""
+    mode: str = "hat"
+    draft_model: Path | None = None
+    """Of mode "picospec", which needs one."""
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    """Of mode "picospec"."""
     listen_host: str = "127.0.0.1"
     listen_port: int = 0
     """0 takes a free port."""
@@ -82,6 +90,8 @@ class DeviceConfig:
             raise UsageError(f"--max-concurrent {self.max_concurrent}: must be at least 1")
         if self.max_waiting < 0:
             raise UsageError(f"--max-waiting {self.max_waiting}: must be 0 or more")
+        if self.mode == MODE and self.draft_model is None:
+            raise UsageError("--mode picospec needs --draft-model")
         if self.grace_s < 0:
             raise UsageError(f"--grace {self.grace_s}: must be 0 or more seconds")
 
@@ -188,23 +198,40 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
     while True:
         api.why_not_ready = f"asking the cloud at {config.cloud}, then loading the model"
         try:
-            return await connect(
-                config.model,
-                config.cloud,
-                config.dtype,
-                codecs=config.codecs,
-                config=policy,
-                metrics=metrics,
-                device=_torch_device(config.device),
-                kv_tokens=config.kv_tokens,
-                drafter=config.drafter,
-            )
+            return await _connect_once(config, policy, metrics)
         except CloudUnavailable as error:
             if time.monotonic() >= until:
                 raise
             api.why_not_ready = str(error)
             log.warning("%s; trying again every %g s", error, RECONNECT_S)
             await asyncio.sleep(RECONNECT_S)
+
+
+async def _connect_once(config: DeviceConfig, policy: GeneratorConfig, metrics: DeviceMetrics) -> Generator:
+    device = _torch_device(config.device)
+    if config.draft_model is None:
+        return await connect(
+            config.model,
+            config.cloud,
+            config.dtype,
+            codecs=config.codecs,
+            config=policy,
+            metrics=metrics,
+            device=device,
+            kv_tokens=config.kv_tokens,
+            drafter=config.drafter,
+        )
+    return await connect_tokens(
+        config.model,
+        config.draft_model,
+        config.cloud,
+        config.dtype,
+        speculation=config.speculation,
+        config=policy,
+        metrics=metrics,
+        device=device,
+        kv_tokens=config.kv_tokens,
+    )
 
 
 def _load_encoder(folder: Path) -> PromptEncoder:

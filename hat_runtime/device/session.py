@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import torch
 
 from hat_runtime.device.refusals import CloudRefused, explain
-from hat_runtime.device.steps import ALL, LAST, NONE, Binding, Step, StepResult, Want
+from hat_runtime.device.steps import Binding, Step, StepResult, Want
+from hat_runtime.device.token_steps import NO_ROWS, TokenStep, held_after
 from hat_runtime.errors import CloudUnavailable, HatError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec
@@ -47,6 +49,12 @@ class CloudSession:
         self._unsent: deque[Step] = deque()
         self._extra: deque[pb.DeviceMessage] = deque()
         self._unanswered: deque[Step] = deque()
+        self.on_decoded: Callable[[pb.Decoded], None] | None = None
+        """Takes what the cloud decodes by itself (mode picospec)."""
+        self.on_evicted: Callable[[], None] | None = None
+        """Is told that the cloud gave the KV cache away, also when no Step waits for a Result."""
+        self.on_end: Callable[[HatError], None] | None = None
+        """Is told why the session ended, also when no Step waits for a Result."""
         self._wake_writer = asyncio.Event()
         self._answered = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -123,12 +131,29 @@ class CloudSession:
             codec=self.binding.encoding(decode),
             decode=decode,
         )
-        self.committed = min(self.committed, start)
-        self._end = start + len(hidden)
+        self._queue(step)
+        return future
+
+    def submit_tokens(
+        self, start: int, tokens: pb.TokenStep, want: Want, request_id: str = ""
+    ) -> asyncio.Future[StepResult]:
+        """Queue one Step of token ids (mode picospec); else as `submit`."""
+        if self.error is not None:
+            raise self.error
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        if start > self._end:
+            future.set_result(StepResult(True, start, len(tokens.ids)))
+            return future
+        alone = not self._unanswered
+        self._queue(TokenStep(self.epoch, start, NO_ROWS, want, request_id, future, alone, tokens=tokens))
+        return future
+
+    def _queue(self, step: Step) -> None:
+        self.committed = min(self.committed, step.start)
+        self._end = step.start + step.n
         self._unsent.append(step)
         self._unanswered.append(step)
         self._wake_writer.set()
-        return future
 
     def discard(self) -> None:
         """Raise the epoch: Steps under way are of no interest any more, and unsent ones are never sent."""
@@ -250,21 +275,22 @@ class CloudSession:
         deep = None
         if not stale:
             # A later Step may start lower already, and truncates when its turn comes.
-            end = min([step.start + step.n, *(later.start for later in self._unanswered)])
+            end = min([held_after(step, result), *(later.start for later in self._unanswered)])
             # What an older epoch has put into the cloud's cache may be tokens that were wrong.
             self.committed = end if step.epoch == self.epoch else min(end, self.committed)
-            rows = {NONE: 0, LAST: 1, ALL: step.n}[step.want]
+            rows = step.rows_wanted
             try:
                 if rows:
                     deep = codec.decode(payload, rows, self.binding.hidden_size, self.binding.dtype)
             except ValueError as error:
                 raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
             elapsed_s = time.monotonic() - step.submitted_s
-            self.link.saw_result(step.payload_bytes, elapsed_s, queue_s, compute_s, step.alone)
+            self.link.saw_result(step.sent_bytes, elapsed_s, queue_s, compute_s, step.alone)
         if not step.future.done():
             tokens, proposed = result.batch_tokens, result.suggested_chunk
+            verdict = result.verdict if result.HasField("verdict") else None
             step.future.set_result(
-                StepResult(stale, step.start, step.n, deep, queue_s, compute_s, tokens, proposed)
+                StepResult(stale, step.start, step.n, deep, queue_s, compute_s, tokens, proposed, verdict)
             )
 
     def _receive_notice(self, notice: pb.Notice) -> None:
@@ -276,8 +302,12 @@ class CloudSession:
             self._drop_unsent()
             self.epoch += 1
             self._end = self.committed
+            if self.on_evicted is not None:
+                self.on_evicted()
         elif kind == "drain":
             self.draining = True
+        elif kind == "decoded" and self.on_decoded is not None:
+            self.on_decoded(notice.decoded)
         elif kind == "retry":
             self.link.retry_at_s = time.monotonic() + notice.retry.after_ms / 1000
 
@@ -305,3 +335,5 @@ class CloudSession:
         self._answered.set()
         self._writer.cancel()
         self.link.forget(self)
+        if self.on_end is not None:
+            self.on_end(error)

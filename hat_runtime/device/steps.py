@@ -33,6 +33,9 @@ class Binding:
     decode_codec: str = RAW
     """Of all other rows."""
 
+    mode: str = ""
+    """As DescribeReply.mode; "" is hat."""
+
     @property
     def one_codec(self) -> bool:
         """Whether all rows are encoded alike."""
@@ -57,6 +60,8 @@ class StepResult:
     compute_s: float = 0.0
     batch_tokens: int = 0
     suggested_chunk: int = 0
+    verdict: pb.Verdict | None = None
+    """Token mode, want LAST."""
 
 
 @dataclass(eq=False)
@@ -71,8 +76,8 @@ class Step:
     future: asyncio.Future[StepResult]
     alone: bool
     """No other Step of the session was unanswered when this one was submitted."""
-    codec: RowCodec
-    decode: bool
+    codec: RowCodec = field(default_factory=lambda: codec_named(RAW))
+    decode: bool = False
     """The codec is that of rows that are no prompt's."""
     submitted_s: float = field(default_factory=time.monotonic)
     received: bytearray = field(default_factory=bytearray)
@@ -83,10 +88,15 @@ class Step:
         return len(self.hidden)
 
     @property
-    def payload_bytes(self) -> int:
-        """What the rows take on the wire."""
+    def sent_bytes(self) -> int:
+        """Bytes of what it carries on the wire, for the estimate of the link's rate."""
         n, hidden_size = self.hidden.shape
         return n * self.codec.row_bytes(hidden_size, self.hidden.dtype)
+
+    @property
+    def rows_wanted(self) -> int:
+        """Deep states that its Result brings."""
+        return {NONE: 0, LAST: 1, ALL: self.n}[self.want]
 
     def messages(self, max_frame_bytes: int) -> Iterator[pb.DeviceMessage]:
         """The Step's frames; 0 stands for the protocol's own limit."""

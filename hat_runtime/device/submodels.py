@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -37,6 +38,8 @@ class DeviceModel:
     All methods are for the event loop's thread; the tensors belong to the worker thread.
     """
 
+    worker_type: type[Worker] = Worker
+
     def __init__(
         self,
         ends: DeviceEnds,
@@ -56,7 +59,7 @@ class DeviceModel:
         self.context_length = context_length
         self.eos_token_ids = eos_token_ids
         self.cache = cache
-        self._worker = Worker(ends, runner, drafter)
+        self._worker = self.worker_type(ends, runner, drafter)
         self.rounds_in_flight = 0
         """Rounds that this device's sessions have sent and not got back yet (kept by the sessions)."""
         self._gathered: list[Job] = []
@@ -80,7 +83,7 @@ class DeviceModel:
         kv_tokens: int = 32768,
         page_tokens: int = 16,
         make_drafter: Callable[[DeviceEnds], Drafter | None] = lambda ends: None,
-    ) -> DeviceModel:
+    ) -> Self:
         """Load embedding, layers 0:input_layers, final norm and head from a model folder (whole or device part).
 
         Args:

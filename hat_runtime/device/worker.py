@@ -123,6 +123,7 @@ class Worker:
         embedding = [job for job in ready if job.ids]
         for job, hidden in zip(embedding, self._input_pass(embedding), strict=True):
             job.embedded(hidden)
+        self._finish(embedding)
         results += [(job, job.result()) for job in ready if not job.wants_draft]
         drafting = [job for job in ready if isinstance(job, TurnJob) and job.wants_draft]
         going_on = self._draft(drafting, results)
@@ -131,6 +132,9 @@ class Worker:
         if results:
             deliver([(job.future, result) for job, result in results])
         return list(going_on)
+
+    def _finish(self, jobs: list[Job]) -> None:
+        """What else jobs need of their shallow states; for other kinds of workers."""
 
     def _judge(self, jobs: list[TurnJob]) -> None:
         """Head and sampling: which drafts stay, and the token behind them."""

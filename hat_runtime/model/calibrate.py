@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +170,43 @@ def calibrate(
     )
 
 
+@torch.inference_mode()
+def whole_passes(
+    folder: Path, tokens: Sequence[int], dtype: str = "bfloat16", context_tokens: int = 200, repeats: int = 20
+) -> dict[int, float]:
+    """Seconds of a pass of the whole model (embedding, layers, norm, head, argmax), the fastest of its repeats.
+
+    Args:
+        folder: a whole model.
+        tokens: how many tokens a pass has; one measurement for each.
+        dtype: "float32" or "bfloat16".
+        context_tokens: tokens in the cache before the first pass.
+        repeats: passes timed.
+    """
+    bare = BareModel(folder, DTYPES[dtype])
+    most = max(tokens) * (repeats + 1) + context_tokens
+    ids = torch.randint(bare.config.vocab_size, (most,), generator=torch.Generator().manual_seed(0))
+    everywhere = torch.arange(most)[None]
+
+    def run(start: int, end: int, cache: DynamicCache) -> None:
+        hidden = bare.embed(ids[start:end])
+        bare.head(bare.layers(hidden, 0, bare.num_layers, cache, start, everywhere[:, start:end])).argmax(-1)
+
+    seconds = {}
+    for count in tokens:
+        cache = DynamicCache()
+        run(0, context_tokens, cache)
+        starts = iter(range(context_tokens, most, count))
+
+        def step(count: int = count, cache: DynamicCache = cache, starts: Iterator[int] = starts) -> None:
+            start = next(starts)
+            run(start, start + count, cache)
+
+        step()
+        seconds[count] = _best(step, repeats)
+    return seconds
+
+
 _Pass = Callable[[int, int, DynamicCache], torch.Tensor]
 """(start, end, cache) -> hidden states of the rows start <= i < end."""
 
@@ -237,10 +274,11 @@ def _best(work: Callable[[], object], repeats: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a ComputeParts as JSON."""
+    """Print a ComputeParts, or the times of whole passes, as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--input-layers", type=int, required=True)
+    parser.add_argument("--input-layers", type=int, help="for the parts of a split model")
+    parser.add_argument("--passes", metavar="N,N", help="instead: the whole model, passes of so many tokens")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--context-tokens", type=int)
@@ -250,6 +288,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.passes:
+        counts = [int(count) for count in args.passes.split(",")]
+        print(json.dumps(whole_passes(args.folder, counts, args.dtype, args.prompt_tokens)))
+        return
+    if args.input_layers is None:
+        parser.error("--input-layers or --passes is needed")
     parts = calibrate(
         args.folder,
         args.input_layers,

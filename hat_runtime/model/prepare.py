@@ -216,6 +216,11 @@ def _write(target: Path, opened: Opened, span: PartSpan, shard_bytes: int, progr
         ).save(folder)
 
 
+def write_prepared(target: Path, opened: Opened, span: PartSpan) -> None:
+    """Write what `prepare` would for an opened source; the caller holds the lock of `target`. Errors as `prepare`."""
+    _write(target, opened, span, MAX_SHARD_BYTES, None)
+
+
 def _needed(opened: Opened, span: PartSpan) -> list[str]:
     """The names to store; all that the part needs must be there."""
     tied = bool(opened.config.get("tie_word_embeddings", HEAD not in opened.tensors))

@@ -1,0 +1,86 @@
+"""Token mode: the generation loop's outside, as Generator has it for hidden states."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from hat_runtime.device.generator import Generator, GeneratorConfig
+from hat_runtime.device.link import CloudLink
+from hat_runtime.device.request import (
+    CANCELLED,
+    ERROR,
+    GenerationRequest,
+    GenerationStats,
+    TokenEvent,
+)
+from hat_runtime.device.steps import Binding
+from hat_runtime.device.token_answer import SpeculationConfig, TokenAnswer
+from hat_runtime.device.token_drafting import DraftModel
+
+
+class TokenGenerator(Generator):
+    """Generates text with a small model on the device and the whole large one in the cloud."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        link: CloudLink,
+        binding: Binding,
+        config: GeneratorConfig | None = None,
+        speculation: SpeculationConfig | None = None,
+    ) -> None:
+        """Use `connect_tokens` unless model and link exist already."""
+        super().__init__(model, link, binding, config)
+        self.speculation = speculation or SpeculationConfig()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """See Generator.generate."""
+        self.check(request)
+        began = last_s = time.monotonic()
+        stats = request.stats = GenerationStats(prompt_tokens=len(request.prompt_ids), finish_reason=ERROR)
+        self.metrics.sessions_running.inc()
+        answer = self._make_token_answer(request)
+        try:
+            await answer.begin()
+            self.metrics.cached_prompt_tokens.inc(stats.cached_tokens)
+            tokens = answer.tokens()
+            try:
+                async for token in tokens:
+                    now = time.monotonic()
+                    self._count_token(answer, now - began, now - last_s)
+                    last_s = now
+                    yield TokenEvent(token, stats.completion_tokens - 1, now)
+            finally:
+                await tokens.aclose()  # type: ignore[attr-defined]
+        except (asyncio.CancelledError, GeneratorExit):
+            if stats.finish_reason == ERROR:
+                stats.finish_reason = CANCELLED
+            raise
+        finally:
+            answer.end()
+            if stats.completion_tokens > 1:
+                stats.tbt_s = (last_s - began - stats.ttft_s) / (stats.completion_tokens - 1)
+            self.metrics.sessions_running.dec()
+            self.metrics.requests.labels(stats.finish_reason).inc()
+            self.metrics.kv_usage.set(1 - self.model.cache.free_pages / self.model.cache.num_pages)
+
+    def _make_token_answer(self, request: GenerationRequest) -> TokenAnswer:
+        self.metrics.prompt_tokens.inc(len(request.prompt_ids))
+        return TokenAnswer(
+            request,
+            self.model,
+            self.link,
+            self.conversations,
+            open_session=lambda: self.link.open_session(
+                self.binding,
+                request_id=request.request_id,
+                tenant=self.config.tenant,
+                device_name=self.config.device_name,
+            ),
+            policy=self.policy,
+            chunk=1,  # ids are not cut into chunks: the cloud's passes are
+            max_evictions=self.config.max_evictions,
+            speculation=self.speculation,
+        )
