@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import pytest
 
+from hat_runtime.cli.drafting_options import drafting_config
 from hat_runtime.cli.main import build_parser
+from hat_runtime.cli.options import parse_uplink_codec
+from hat_runtime.device.policy import DraftConfig
+from hat_runtime.wire.codec_choice import CodecChoice
 from tests.unit.operator.restricted import violations
-from tests.unit.operator.samples import REMOTE, desired, hat, main, of_kind, one, option, pod
+from tests.unit.operator.samples import REMOTE, SCHEMA, desired, hat, main, of_kind, one, option, pod
 from tests.unit.operator.test_cloud import ports
 
 
@@ -24,6 +29,60 @@ def test_command_line_is_one_that_hat_understands() -> None:
     (volume,) = [volume for volume in pod(thing)["volumes"] if "secret" in volume]
     assert volume["secret"]["secretName"] == "keys"
     assert volume["name"] in [mount["name"] for mount in main(thing)["volumeMounts"]]
+
+
+def served_with(**spec: Any) -> argparse.Namespace:
+    """What `hat device serve` makes of a device's arguments."""
+    found: argparse.Namespace = build_parser().parse_args(main(daemonset(**spec))["args"])
+    return found
+
+
+def test_drafting_where_nothing_is_written() -> None:
+    """The runtime's own defaults, in full: those of the CRD hold when an image has others."""
+    args = served_with()
+    assert (args.drafter, args.uplink_codec) == ("auto", "raw,raw")
+    assert drafting_config(args) == DraftConfig()
+    assert "--stop-threshold" not in main(daemonset())["args"]
+    assert "--window" not in main(daemonset())["args"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "config"),
+    [
+        ("maxDraft", 3, DraftConfig(max_draft=3)),
+        ("stopThreshold", 0.25, DraftConfig(stop_threshold=0.25)),
+        ("stopThreshold", 0, DraftConfig(stop_threshold=0.0)),
+        ("stopThreshold", 1, DraftConfig(stop_threshold=1.0)),
+        ("window", 2, DraftConfig(window=2)),
+        ("branches", 8, DraftConfig(branches=8)),
+        ("sampler", "rejection", DraftConfig(sampler="rejection")),
+    ],
+)
+def test_drafting_as_written(field: str, value: Any, config: DraftConfig) -> None:
+    assert drafting_config(served_with(speculation={field: value})) == config
+
+
+@pytest.mark.parametrize("field", ["drafter", "sampler"])
+def test_the_runtime_knows_every_name_that_the_field_takes(field: str) -> None:
+    names = SCHEMA["properties"]["spec"]["properties"]["speculation"]["properties"][field]["enum"]
+    for name in names:
+        args = served_with(speculation={field: name})
+        drafting_config(args)
+        assert getattr(args, field) == name
+
+
+@pytest.mark.parametrize(
+    ("wire", "prompt", "decode"),
+    [
+        ({}, "raw", "raw"),
+        ({"uplink": "int4"}, "int4", "raw"),
+        ({"uplink": "int8", "uplinkDecode": "bf16"}, "int8", "bf16"),
+        ({"uplinkDecode": "int8"}, "raw", "int8"),
+    ],
+    ids=str,
+)
+def test_codecs(wire: dict[str, str], prompt: str, decode: str) -> None:
+    assert parse_uplink_codec(served_with(wire=wire).uplink_codec) == CodecChoice(prompt, decode)
 
 
 def test_names_where_nothing_is_written() -> None:
