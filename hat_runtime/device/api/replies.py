@@ -103,8 +103,8 @@ class TextReply(Reply):
 def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
     """OpenAI's usage object over the answers of a request, with the extension `hat`.
 
-    `hat` sums bytes, rounds, guessed and accepted tokens and the cloud's seconds; ttft_s is the earliest first token, tbt_s the mean over all
-    intervals between tokens (null where there are none).
+    `hat` sums bytes, rounds, guessed and accepted tokens and the cloud's seconds; ttft_s is the earliest first token,
+    tbt_s the mean over all intervals between tokens (null where there are none).
     """
     prompt = sum(stats.prompt_tokens for stats in all_stats)
     completion = sum(stats.completion_tokens for stats in all_stats)
