@@ -225,14 +225,13 @@ class Answer:
 
     def _keep_accounts(self, turn: Turn) -> None:
         """Keep the accounts of a judged round."""
-        spec, stats, metrics = self._spec, self.request.stats, self._link.metrics
+        spec, stats = self._spec, self.request.stats
         accepted = sum(right for _, right in turn.judged)
         self._policy.learn(turn)
         stats.accepted_tokens += accepted
         stats.draft_tokens += accepted + turn.dropped
         stats.refusals += turn.refused
-        metrics.accepted_tokens.inc(accepted)
-        metrics.draft_tokens.inc(accepted + turn.dropped)
+        self._link.saw_drafts(accepted, accepted + turn.dropped)
         if turn.fresh:
             self.current.session.rollback(len(spec.tokens) - 1)
             self._in_flight.clear()

@@ -1,4 +1,4 @@
-"""What the device learns of its link from the Steps it sends anyway."""
+"""What the device learns of its link and its drafts from the Steps it sends anyway."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 _PAST = 0.8
 """Weight of the past in the moving averages (HAT, arXiv 2503.18989, section IV)."""
+
+_KEEP_DRAFT = 0.99
+"""Weight that a draft loses with each later one: the last hundred or so count."""
 
 _SMALL_BYTES = 16 * 1024
 _LARGE_BYTES = 64 * 1024
@@ -36,6 +39,25 @@ class LinkEstimate:
             self.rtt_s = _mean(self.rtt_s, travel_s)
         elif sent_bytes >= _LARGE_BYTES and travel_s > self.rtt_s:
             self.uplink_bytes_per_s = _mean(self.uplink_bytes_per_s, sent_bytes / (travel_s - self.rtt_s))
+
+
+@dataclass
+class Acceptance:
+    """How many of the latest drafts the target agreed with, over all answers of a device."""
+
+    _accepted: float = 0.0
+    _drafted: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Share of accepted drafts, 0 to 1; 0 until there were any."""
+        return self._accepted / self._drafted if self._drafted else 0.0
+
+    def add(self, accepted: int, drafted: int) -> None:
+        """A round's drafts: `drafted` of them, of which the first `accepted` were right."""
+        past = _KEEP_DRAFT**drafted
+        self._accepted = past * self._accepted + accepted
+        self._drafted = past * self._drafted + drafted
 
 
 def _mean(past: float, new: float) -> float:

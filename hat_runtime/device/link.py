@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 from prometheus_client import CollectorRegistry
 
-from hat_runtime.device.estimates import LinkEstimate
+from hat_runtime.device.estimates import Acceptance, LinkEstimate
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
 from hat_runtime.device.session import CloudSession
@@ -50,6 +50,7 @@ class CloudLink:
         self.metrics = metrics or DeviceMetrics(CollectorRegistry())
         self.timeout_s = timeout_s
         self.estimate = LinkEstimate()
+        self.acceptance = Acceptance()
         self.retry_at_s = 0.0
         """time.monotonic() before which the cloud asked not to be bothered (Notice RETRY)."""
         self.sessions: set[CloudSession] = set()
@@ -152,6 +153,12 @@ class CloudLink:
             self.estimate.add(sent_bytes, elapsed_s, queue_s + compute_s)
             self.metrics.link_rtt.set(self.estimate.rtt_s)
 
+    def saw_drafts(self, accepted: int, drafted: int) -> None:
+        """Note how many of a round's drafts the target agreed with (called by the answers)."""
+        self.metrics.accepted_tokens.inc(accepted)
+        self.metrics.draft_tokens.inc(drafted)
+        self.acceptance.add(accepted, drafted)
+
     def send_telemetry(
         self, session: CloudSession, *, shallow_s_per_token: float, chunk: int, ttft_s: float
     ) -> None:
@@ -165,6 +172,7 @@ class CloudLink:
                 uplink_bytes_per_s=self.estimate.uplink_bytes_per_s,
                 rtt_s=self.estimate.rtt_s,
                 shallow_s_per_token=shallow_s_per_token,
+                acceptance=self.acceptance.rate,
                 chunk_tokens=chunk,
                 ttft_s=ttft_s,
             )

@@ -100,4 +100,6 @@ def bind_tokens(folder: Path, draft_folder: Path, description: pb.DescribeReply,
     cloud = description.model
     dtype: torch.dtype = DTYPES[cloud.dtype]
     layers = LayerRange(cloud.lo, cloud.hi)
-    return Binding(cloud.model_revision, layers, dtype, cloud.hidden_size, codec=CODEC, decode_codec=CODEC, mode=MODE)
+    return Binding(
+        cloud.model_revision, layers, dtype, cloud.hidden_size, codec=CODEC, decode_codec=CODEC, mode=MODE
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,6 +58,13 @@ class Fields:
         value = self.value.get(key)
         value = default if value is None else value
         return int(self._typed(value, int, self._at(key), "an integer"))
+
+    def decimal(self, key: str) -> float:
+        """A number that is not NaN or infinite."""
+        value = self._typed(self.value.get(key), (int, float), self._at(key), "a number")
+        if isinstance(value, bool) or not math.isfinite(value):
+            raise SpecError(self._at(key), value, "must be a number")
+        return float(value)
 
     def flag(self, key: str) -> bool:
         """A boolean."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hat_operator.fields import Fields, SpecError
+from hat_operator.tuning import Speculation, Wire
 
 __all__ = ["HatDeployment", "SpecError"]
 
@@ -142,7 +143,9 @@ class Spec:
     """runtime.version; "" until the operator wrote its own there."""
     cloud: Cloud
     edge: Edge | None
+    speculation: Speculation
     chunk_tokens: int
+    wire: Wire
     pull_secrets: tuple[str, ...]
     network_policies: bool
     log_level: str
@@ -197,7 +200,9 @@ def _spec(spec: Fields) -> Spec:
         version=spec.sub("runtime").text("version"),
         cloud=_cloud(spec.sub("cloud")),
         edge=None if edge is None else _edge(edge),
+        speculation=Speculation.parse(spec.sub("speculation")),
         chunk_tokens=spec.sub("chunking").number("tokens"),
+        wire=Wire.parse(spec.sub("wire")),
         pull_secrets=tuple(item.text("name") for item in spec.items("imagePullSecrets")),
         network_policies=spec.sub("security").flag("networkPolicies"),
         log_level=spec.sub("observability").text("logLevel"),

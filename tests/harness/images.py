@@ -96,12 +96,12 @@ def write_hat(archive: Path, names: Sequence[str]) -> Path:
     """The image of cloud, edge and operator: a user that is not root, and the way to the programs."""
     path = f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/bin:/bin"
     environment = {"PATH": path, "HOME": "/tmp", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # This checkout's code, also where the Python environment is that of another one.
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'operator'}:{MODEL_PACKAGES}"
     config = {
         "User": f"{USER}:{USER}",
         "WorkingDir": "/tmp",
-        "Env": [
-            f"{key}={value}" for key, value in {**environment, "PYTHONPATH": str(MODEL_PACKAGES)}.items()
-        ],
+        "Env": [f"{key}={value}" for key, value in environment.items()],
     }
     users = f"root:x:0:0:root:/root:/bin/sh\nhat:x:{USER}:{USER}:hat:/tmp:/bin/sh\n".encode()
     links = {name: f"usr/{name}" for name in _USR}

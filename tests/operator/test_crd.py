@@ -36,9 +36,9 @@ DEFAULTS = {
         "expose": {"type": "ClusterIP", "host": "", "port": 7070, "nodePort": 0},
         "template": {},
     },
-    "speculation": {"drafter": "none"},
+    "speculation": {"drafter": "auto", "maxDraft": 6, "branches": 1, "sampler": "coupled"},
     "chunking": {"mode": "fixed", "tokens": 128},
-    "wire": {"uplink": "none", "downlink": "none"},
+    "wire": {"uplink": "none", "uplinkDecode": "none", "downlink": "none"},
     "security": {"networkPolicies": True, "tls": "off"},
     "observability": {"logLevel": "info", "podMonitor": "auto"},
 }
@@ -207,9 +207,48 @@ def test_everything_else_can_change(hats: Hats) -> None:
         {"spec.cloud.replicas": 0, "spec.suspend": True},
         {"spec.edge.images": [{"name": "pc", "arch": "amd64"}]},
         {"spec.edge.clusterRef.kubeconfigSecretRef.name": "site-2"},
+        {"spec.speculation": SPECULATION, "spec.wire": WIRE},
+        {"spec.speculation": {"drafter": "none"}},
     ):
         live = hats.replace(changed(live, changes))
-    assert live["metadata"]["generation"] == 8
+    assert live["metadata"]["generation"] == 10
+
+
+SPECULATION = {
+    "drafter": "hybrid",
+    "maxDraft": 32,
+    "stopThreshold": 0.35,
+    "window": 16,
+    "branches": 8,
+    "sampler": "rejection",
+}
+WIRE = {"uplink": "int4", "uplinkDecode": "bf16", "downlink": "none"}
+
+
+def test_drafting_and_codecs_are_kept_as_written(hats: Hats) -> None:
+    spec = hats.create(hat_deployment(speculation=SPECULATION, wire=WIRE))["spec"]
+    assert (spec["speculation"], spec["wire"]) == (SPECULATION, WIRE)
+
+
+@pytest.mark.parametrize(
+    ("speculation", "wire"),
+    [
+        *(({"drafter": name}, {}) for name in ("auto", "none", "ngram", "adapter", "feature", "hybrid")),
+        *(({}, {"uplink": name, "uplinkDecode": name}) for name in ("none", "bf16", "int8", "int4")),
+        *(({"stopThreshold": value}, {}) for value in (0, 1, 0.5)),
+        ({"maxDraft": 1, "window": 1, "branches": 1}, {}),
+        # As it stands in an object of the version before, which knew one value of each.
+        ({"drafter": "none"}, {"uplink": "none", "downlink": "none"}),
+    ],
+    ids=str,
+)
+def test_values_of_drafting_and_codecs(
+    control_plane: ControlPlane, namespace: str, speculation: dict[str, Any], wire: dict[str, Any]
+) -> None:
+    body = hat_deployment(speculation=speculation, wire=wire)
+    spec = Hats(control_plane, namespace).create(body)["spec"]
+    assert spec["speculation"] == DEFAULTS["speculation"] | speculation  # type: ignore[operator]
+    assert spec["wire"] == DEFAULTS["wire"] | wire  # type: ignore[operator]
 
 
 def test_scale_subresource(control_plane: ControlPlane, hats: Hats, namespace: str) -> None:

@@ -62,10 +62,20 @@ WRONG = {
     "mode-picospec": Wrong({"spec.mode": "picospec"}, ("mode: picospec is not available", "write mode: hat")),
     "dtype": Wrong({"spec.model.dtype": "float16"}, ("spec.model.dtype", '"bfloat16", "float32"')),
     "drafter": Wrong(
-        {"spec.speculation.drafter": "ngram"}, ("speculation.drafter: drafting is not available",)
+        {"spec.speculation.drafter": "model"},
+        ("spec.speculation.drafter", '"model"', '"auto", "none", "ngram"'),
+    ),
+    "sampler": Wrong(
+        {"spec.speculation.sampler": "greedy"},
+        ("spec.speculation.sampler", '"greedy"', '"coupled", "rejection"'),
     ),
     "chunk-mode": Wrong({"spec.chunking.mode": "balance"}, ("chunking.mode:", "write fixed")),
-    "uplink": Wrong({"spec.wire.uplink": "int8"}, ("wire: compressed hidden states are not available",)),
+    "uplink": Wrong(
+        {"spec.wire.uplink": "raw"}, ("spec.wire.uplink", '"raw"', '"none", "bf16", "int8", "int4"')
+    ),
+    "uplink-decode": Wrong(
+        {"spec.wire.uplinkDecode": "int2"}, ("spec.wire.uplinkDecode", '"int2"', '"none", "bf16"')
+    ),
     "downlink": Wrong({"spec.wire.downlink": "int4"}, ("wire: compressed hidden states are not available",)),
     "tls": Wrong({"spec.security.tls": "mutual"}, ("security.tls: mutual TLS is not available", "write off")),
     "log-level": Wrong({"spec.observability.logLevel": "trace"}, ("spec.observability.logLevel", '"debug"')),
@@ -90,6 +100,33 @@ WRONG = {
     ),
     "chunk-tokens": Wrong(
         {"spec.chunking.tokens": 4097}, ("spec.chunking.tokens", "less than or equal to 4096")
+    ),
+    "draft-zero": Wrong(
+        {"spec.speculation.maxDraft": 0}, ("spec.speculation.maxDraft", "0", "greater than or equal to 1")
+    ),
+    "draft-long": Wrong(
+        {"spec.speculation.maxDraft": 33}, ("spec.speculation.maxDraft", "33", "less than or equal to 32")
+    ),
+    "threshold-high": Wrong(
+        {"spec.speculation.stopThreshold": 1.5},
+        ("spec.speculation.stopThreshold", "1.5", "less than or equal to 1"),
+    ),
+    "threshold-negative": Wrong(
+        {"spec.speculation.stopThreshold": -0.1},
+        ("spec.speculation.stopThreshold", "-0.1", "greater than or equal to 0"),
+    ),
+    "threshold-text": Wrong(
+        {"spec.speculation.stopThreshold": "auto"},
+        ("spec.speculation.stopThreshold", "must be of type number"),
+    ),
+    "window-zero": Wrong(
+        {"spec.speculation.window": 0}, ("spec.speculation.window", "0", "greater than or equal to 1")
+    ),
+    "window-wide": Wrong(
+        {"spec.speculation.window": 17}, ("spec.speculation.window", "17", "less than or equal to 16")
+    ),
+    "branches": Wrong(
+        {"spec.speculation.branches": 9}, ("spec.speculation.branches", "9", "less than or equal to 8")
     ),
     "port": Wrong(
         {"spec.cloud.expose.port": 65536}, ("spec.cloud.expose.port", "less than or equal to 65535")

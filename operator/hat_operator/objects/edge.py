@@ -8,6 +8,7 @@ from hat_operator import names
 from hat_operator.objects import pods
 from hat_operator.settings import Settings
 from hat_operator.spec import Edge, EdgeImage, HatDeployment
+from hat_operator.tuning import Speculation, Wire
 
 DEFAULT_CPU = "500m"
 DEFAULT_MEMORY = "2Gi"
@@ -88,6 +89,7 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     args = ["device", "serve", "--model", files.path, "--cloud", endpoint]
     args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}", "--chunk-tokens", str(hat.spec.chunk_tokens)]
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
+    args += [*_drafting(hat.spec.speculation), "--uplink-codec", _codecs(hat.spec.wire)]
     args += ["--model-name", edge.api.model_name or hat.name]
     args += ["--grace", str(pods.ANSWER_S), "--log-format", "json", "--log-level", hat.spec.log_level]
     mounts, volumes = list(files.mounts), []
@@ -126,6 +128,21 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     if edge.runtime_class:
         spec["runtimeClassName"] = edge.runtime_class
     return spec
+
+
+def _drafting(wanted: Speculation) -> list[str]:
+    found = ["--drafter", wanted.drafter, "--max-draft", str(wanted.max_draft)]
+    found += ["--branches", str(wanted.branches), "--sampler", wanted.sampler]
+    if wanted.stop_threshold is not None:
+        found += ["--stop-threshold", str(wanted.stop_threshold)]
+    if wanted.window is not None:
+        found += ["--window", str(wanted.window)]
+    return found
+
+
+def _codecs(wire: Wire) -> str:
+    """PROMPT,DECODE in the runtime's names."""
+    return ",".join("raw" if name == "none" else name for name in (wire.uplink, wire.uplink_decode))
 
 
 def service(hat: HatDeployment, edge: Edge) -> dict[str, Any]:

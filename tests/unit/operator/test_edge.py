@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from typing import Any
 
 import pytest
 
 from hat_runtime.cli.main import build_parser
+from hat_runtime.cli.options import parse_uplink_codec
+from hat_runtime.wire.codec_choice import CodecChoice
 from tests.unit.operator.restricted import violations
-from tests.unit.operator.samples import REMOTE, desired, hat, main, of_kind, one, option, pod
+from tests.unit.operator.samples import REMOTE, SCHEMA, desired, hat, main, of_kind, one, option, pod
 from tests.unit.operator.test_cloud import ports
 
 
@@ -24,6 +28,80 @@ def test_command_line_is_one_that_hat_understands() -> None:
     (volume,) = [volume for volume in pod(thing)["volumes"] if "secret" in volume]
     assert volume["secret"]["secretName"] == "keys"
     assert volume["name"] in [mount["name"] for mount in main(thing)["volumeMounts"]]
+
+
+def served_with(**spec: Any) -> argparse.Namespace:
+    """What `hat device serve` makes of a device's arguments."""
+    found: argparse.Namespace = build_parser().parse_args(main(daemonset(**spec))["args"])
+    return found
+
+
+def drafting(args: argparse.Namespace) -> Any:
+    """The device's settings. Imported late: they bring torch."""
+    from hat_runtime.cli.drafting_options import drafting_config
+
+    return drafting_config(args)
+
+
+def defaults() -> argparse.Namespace:
+    """What `hat device serve` does where it is told nothing."""
+    found: argparse.Namespace = build_parser().parse_args(
+        ["device", "serve", "--model", "m", "--cloud", "h:1"]
+    )
+    return found
+
+
+def test_drafting_where_nothing_is_written() -> None:
+    args = served_with()
+    assert args.drafter == defaults().drafter == "auto"
+    assert drafting(args) == drafting(defaults())
+    assert args.stop_threshold == args.window == "auto"
+    given = parse_uplink_codec(args.uplink_codec)
+    assert given == parse_uplink_codec(defaults().uplink_codec)
+    # In full, so that the CRD's defaults hold with an image that has others.
+    assert {"--drafter", "--max-draft", "--branches", "--sampler", "--uplink-codec"} <= {
+        *main(daemonset())["args"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "changed"),
+    [
+        ("maxDraft", 3, {"max_draft": 3}),
+        ("stopThreshold", 0.25, {"stop_threshold": 0.25}),
+        ("stopThreshold", 0, {"stop_threshold": 0.0}),
+        ("stopThreshold", 1, {"stop_threshold": 1.0}),
+        ("window", 2, {"window": 2}),
+        ("branches", 8, {"branches": 8}),
+        ("sampler", "rejection", {"sampler": "rejection"}),
+    ],
+)
+def test_drafting_as_written(field: str, value: Any, changed: dict[str, Any]) -> None:
+    wanted = dataclasses.replace(drafting(defaults()), **changed)
+    assert drafting(served_with(speculation={field: value})) == wanted
+
+
+@pytest.mark.parametrize("field", ["drafter", "sampler"])
+def test_the_runtime_knows_every_name_that_the_field_takes(field: str) -> None:
+    names = SCHEMA["properties"]["spec"]["properties"]["speculation"]["properties"][field]["enum"]
+    for name in names:
+        args = served_with(speculation={field: name})
+        drafting(args)
+        assert getattr(args, field) == name
+
+
+@pytest.mark.parametrize(
+    ("wire", "prompt", "decode"),
+    [
+        ({}, "raw", "raw"),
+        ({"uplink": "int4"}, "int4", "raw"),
+        ({"uplink": "int8", "uplinkDecode": "bf16"}, "int8", "bf16"),
+        ({"uplinkDecode": "int8"}, "raw", "int8"),
+    ],
+    ids=str,
+)
+def test_codecs(wire: dict[str, str], prompt: str, decode: str) -> None:
+    assert parse_uplink_codec(served_with(wire=wire).uplink_codec) == CodecChoice(prompt, decode)
 
 
 def test_names_where_nothing_is_written() -> None:

@@ -28,6 +28,14 @@ def test_errors_name_the_field_and_echo_the_value() -> None:
     assert (error.value.path, error.value.value) == ("spec.cloud.replicas", "two")
 
 
+@pytest.mark.parametrize("value", ["0.5", True, float("nan"), float("inf")])
+def test_a_threshold_that_is_no_number_is_echoed(value: object) -> None:
+    found = body()
+    found["spec"]["speculation"]["stopThreshold"] = value
+    with pytest.raises(SpecError, match=rf"spec\.speculation\.stopThreshold: {value!r}: must be a number"):
+        HatDeployment.parse(found)
+
+
 def test_two_images_for_the_same_devices_are_refused() -> None:
     with pytest.raises(SpecError, match=r"spec\.edge\.images\[1\]: 'b'"):
         hat(edge={"images": [{"name": "a"}, {"name": "b"}]})
@@ -56,6 +64,8 @@ def test_revision_changes_with_what_both_sides_agree_on(other: dict[str, object]
         {"observability": {"logLevel": "debug"}},
         {"suspend": True},
         {"chunking": {"tokens": 0}},
+        {"speculation": {"drafter": "none"}},
+        {"wire": {"uplink": "int8", "uplinkDecode": "int8"}},  # a cloud takes every codec
         {"edge": {"runtimeClassName": "nvidia"}},
         {"runtime": {"version": "1.2.3"}},  # what the operator writes there by itself
     ],
