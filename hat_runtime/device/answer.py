@@ -113,6 +113,7 @@ class Answer:
             self._policy.config.sampler,
             request.stop_ids,
             list(request.prompt_ids),
+            len(request.prompt_ids) + request.max_new_tokens,
         )
 
     async def upload(self) -> torch.Tensor:
@@ -215,7 +216,7 @@ class Answer:
                 continue
             if plan is None and (other := policy.branch(spec, sent, elapsed_s)) is not None:
                 branch, plan = other
-                spec.point = sent
+                spec.aim(sent)
             if plan is None:
                 return
             turn = await self._model.turn(spec, None, plan, branch=branch)

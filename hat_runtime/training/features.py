@@ -33,7 +33,7 @@ class TextStates:
     deep: torch.Tensor
     """[T - P, hidden_size], after the final norm."""
     top_ids: torch.Tensor
-    """int32 [T - P, TOP]"""
+    """int32 [T - P, TOP], fewer where the vocabulary is smaller"""
     top_p: torch.Tensor
     """float16 [T - P, TOP]"""
 
@@ -119,7 +119,7 @@ def _states(teacher: Teacher, answers: Sequence[AnsweredText]) -> list[TextState
         deep = state.deep[answer.prompt_tokens - 1 : -1]
         normed = teacher.ends.final_norm(deep)
         logits = teacher.ends.logits(normed)
-        values, top_ids = logits.topk(TOP)
+        values, top_ids = logits.topk(min(TOP, logits.shape[-1]))
         top_p = torch.exp(values - torch.logsumexp(logits, -1, keepdim=True))
         found.append(
             TextStates(
