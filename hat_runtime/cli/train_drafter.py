@@ -29,7 +29,8 @@ epochs, use the answers and states that are there.
 kinds:
   feature   reads the deep state of the token before: accepts most (default)
   adapter   reads shallow states only, as HAT does: the smallest
-  layer     a decoder layer over shallow states, from which a small model for --mode picospec is built
+  layer     a decoder layer behind the device's layers: --out becomes the folder of a small model, which
+            `--mode picospec --draft-model` and `--drafter model:FOLDER` take
 
 example:
   hat train-drafter --model ./smollm2 --prompts prompts.jsonl --out ./smollm2/drafters
@@ -126,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--learning-rate {args.learning_rate}: must be above 0 and below 1")
     import torch
 
-    from hat_runtime.model.drafter import DrafterInfo, DrafterNet, file_name, save_drafter
+    from hat_runtime.model.drafter import DrafterInfo, DrafterNet, file_name, save_drafter, save_layer
     from hat_runtime.model.hf import load_config
     from hat_runtime.model.manifest import identity
     from hat_runtime.training.trainer import Trainer, TrainOptions, frequent_ids, shape_for
@@ -136,7 +137,9 @@ def _run(args: argparse.Namespace) -> int:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     folder = args.work or _work_folder(args, weights_id)
     folder.mkdir(parents=True, exist_ok=True)
-    out = args.out / file_name(args.kind, weights_id, args.input_layers) if args.out.is_dir() else args.out
+    out = args.out
+    if args.kind != "layer" and out.is_dir():
+        out /= file_name(args.kind, weights_id, args.input_layers)
     if not out.parent.is_dir():
         raise UsageError(f"--out {args.out}: there is no folder {out.parent}")
     teacher = _teacher(args, device)
@@ -169,10 +172,17 @@ def _run(args: argparse.Namespace) -> int:
         "held_out_acceptance": [round(share, 4) for share in found.by_depth],
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
-    save_drafter(out, net, DrafterInfo(net.shape, weights_id, args.input_layers, notes), ids)
+    if args.kind == "layer":
+        from hat_runtime.model.draft_model import build_draft_model
+
+        layer = folder / f"layer-m{args.input_layers}.safetensors"
+        save_layer(layer, net)
+        build_draft_model(args.model, layer, args.out, args.input_layers)
+    else:
+        save_drafter(out, net, DrafterInfo(net.shape, weights_id, args.input_layers, notes), ids)
     depths = ", ".join(f"{share:.3f}" for share in found.by_depth)
     print(f"held-out acceptance by depth: {depths}; {found.tokens_a_round():.2f} tokens a round of 6 drafts")
-    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(f"wrote {out}")
     return 0
 
 

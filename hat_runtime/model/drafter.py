@@ -146,6 +146,32 @@ def save_drafter(path: Path, net: DrafterNet, info: DrafterInfo, draft_ids: torc
     about = {"format": FORMAT} | asdict(info)
     partial = path.with_name(path.name + ".part")
     save_file(tensors, partial, metadata={"hat_drafter": json.dumps(about)})
+    partial.chmod(0o644)  # safetensors leaves it to the owner alone, and servers run as somebody else
+    partial.replace(path)
+
+
+def save_layer(path: Path, net: DrafterNet) -> None:
+    """Write a network of kind "layer" and its norm by transformers' names for a Llama layer (draft_model.py)."""
+    shape = net.shape
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    qkv, gate_up = net.qkv.weight.detach(), net.gate_up.weight.detach()
+    tensors = {
+        "self_attn.q_proj.weight": qkv[:query],
+        "self_attn.k_proj.weight": qkv[query : query + key],
+        "self_attn.v_proj.weight": qkv[query + key :],
+        "self_attn.o_proj.weight": net.out.weight.detach(),
+        "mlp.gate_proj.weight": gate_up[: shape.mlp_size],
+        "mlp.up_proj.weight": gate_up[shape.mlp_size :],
+        "mlp.down_proj.weight": net.down.weight.detach(),
+        "input_layernorm.weight": net.input_norm.detach(),
+        "post_attention_layernorm.weight": net.mlp_norm.detach(),
+        "norm.weight": net.norm.detach(),
+    }
+    partial = path.with_name(path.name + ".part")
+    save_file(
+        {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in tensors.items()}, partial
+    )
+    partial.chmod(0o644)
     partial.replace(path)
 
 
