@@ -37,6 +37,7 @@ GAMMA, ETA = 6, 0.6
 PUBLISHED = {"spec_bench": "HAT: 2.06 (7B)", "cnn_dm": "HAT: 1.98 (13B)"}
 SETS = ("spec_bench", "cnn_dm", "gsm8k_test", "humaneval")
 LOOP_WINDOW = 32
+BRANCHES = 3
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ class Count:
 
     rounds: int = 0
     tokens: int = 0
-    drafted: int = 0
     judged: int = 0
     accepted: int = 0
+    covered: int = 0
+    """Wrong first choices whose second or third choice was right: what a token tree could win."""
 
     def __iadd__(self, other: Count) -> Count:
-        for name in ("rounds", "tokens", "drafted", "judged", "accepted"):
+        for name in ("rounds", "tokens", "judged", "accepted", "covered"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
@@ -158,7 +160,7 @@ def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered) -> Count:
         right = 0
         position = certain
         while position < len(ids):
-            wish = Wish(state, ids[:position], SamplingParams(), False)
+            wish = Wish(state, ids[:position], SamplingParams(), False, BRANCHES - 1)
             (draft,) = drafter.propose([wish])
             if draft is None:
                 break
@@ -166,6 +168,7 @@ def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered) -> Count:
             correct = draft.token == ids[position]
             drafter.calibration.observe(draft.source, draft.confidence, correct)
             if not correct:
+                count.covered += ids[position] in draft.others
                 break
             right += 1
             enough = rule.enough([one.confidence for one in drafts], [1.0], 0.0)
@@ -174,7 +177,7 @@ def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered) -> Count:
             state.note_draft(position, shallow[position : position + 1])
             position += 1
         certain = min(len(ids), certain + right + 1)
-        count += Count(1, right + 1, len(drafts), len(drafts), right)
+        count += Count(1, right + 1, len(drafts), right)
     drafter.release(state)
     return count
 
@@ -209,10 +212,21 @@ def _body(
         ]
         for name in SETS
     ]
+    covered = [
+        [
+            name,
+            *(
+                f"{_covered(counts[option, name, True], counts[option, name, False]):.2f}"
+                for option in args.drafters
+            ),
+        ]
+        for name in SETS
+    ]
     return (
         f"{table(['set', *args.drafters, 'published'], rows)}\n\nEach cell: all answers / those without repetition. "
         f"Answers with repetition: {looping}.\n\nAcceptance of a draft whose predecessors were right:\n\n"
-        f"{table(['set', *args.drafters], accepted)}"
+        f"{table(['set', *args.drafters], accepted)}\n\nWrong drafts whose second or third choice was right:\n\n"
+        f"{table(['set', *args.drafters], covered)}"
     )
 
 
@@ -222,6 +236,11 @@ def _per_round(count: Count) -> str:
 
 def _share(*parts: Count) -> float:
     return sum(part.accepted for part in parts) / max(1, sum(part.judged for part in parts))
+
+
+def _covered(*parts: Count) -> float:
+    wrong = sum(part.judged - part.accepted for part in parts)
+    return sum(part.covered for part in parts) / max(1, wrong)
 
 
 _ABOUT = f"""

@@ -136,12 +136,12 @@ class Answer:
 
     async def turn(self, deep: torch.Tensor) -> Turn:
         """What deep states [n, hidden_size] say: tokens that are certain now, and new drafts behind them."""
-        plan = NO_DRAFTS if self._in_flight else self._policy.plan()
         stats = self.request.stats
         turn = await self._model.turn(
             self._spec,
             deep,
-            plan,
+            self._policy.plan(),
+            go_on=not self._in_flight,
             most=self.request.max_new_tokens - stats.completion_tokens,
             batch_tokens=self._batch_tokens,
         )
@@ -222,6 +222,9 @@ class Answer:
             turn = await self._model.turn(spec, None, plan, branch=branch)
             policy.learn(turn)
             if not turn.drafts and branch is None:
+                sent = self._sent_end - len(spec.tokens)
+                if policy.send_ahead(spec, sent, len(self._in_flight)):
+                    self.send()
                 return
 
     def _keep_accounts(self, turn: Turn) -> None:
@@ -252,11 +255,12 @@ class Answer:
             return
         self._count_bytes()
         session = self.conversation.session
-        if session.unanswered > 1:  # a cancelled upload: the cloud should not compute the rest of it
+        if session.unanswered > 1 and not self._in_flight:
+            # A cancelled upload: the cloud should not compute the rest of it.
             self._conversations.discard(self.conversation)
             return
         if session.unanswered:
-            session.discard()
+            session.rollback(len(self.conversation.tokens))
         self._conversations.put(self.conversation)
 
     async def _upload_once(self) -> torch.Tensor | None:

@@ -109,6 +109,7 @@ class TurnJob(Job):
         plan: DraftPlan,
         *,
         most: int = 1,
+        go_on: bool = True,
         branch: int | None = None,
     ) -> None:
         """Describe the job.
@@ -120,6 +121,7 @@ class TurnJob(Job):
                 judged, the chain only grows.
             plan: how far to draft.
             most: tokens that the text may still grow by.
+            go_on: draft behind a chain that holds as well; False: only behind a fresh token.
             branch: draft what may follow if this token, and not the chain's, comes behind the last draft.
         """
         super().__init__(speculation.sequence, future)
@@ -127,6 +129,7 @@ class TurnJob(Job):
         self._spec = speculation
         self._plan = plan
         self._most = most
+        self._go_on = go_on
         self._branch = branch
         self._grown: list[Draft] = []
         self._turn = Turn([])
@@ -170,7 +173,7 @@ class TurnJob(Job):
             spec.restart()
         self._turn = Turn(verdict.tokens, verdict.refused, fresh, tuple(judged), dropped, hit)
         # Where the text ends, nobody needs the last token's states.
-        if not ended and (fresh or not self._enough()):
+        if not ended and (fresh or (self._go_on and not self._enough())):
             self._extend()
 
     def embedded(self, hidden: torch.Tensor) -> None:

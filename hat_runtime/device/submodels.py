@@ -143,6 +143,7 @@ class DeviceModel:
         plan: DraftPlan,
         *,
         most: int = 1,
+        go_on: bool = True,
         branch: int | None = None,
         batch_tokens: int = 0,
     ) -> Turn:
@@ -153,13 +154,14 @@ class DeviceModel:
             deep: deep states [n, hidden_size] of the last certain token and of the n - 1 drafts behind it, or None.
             plan: how far to draft.
             most: tokens that the text may still grow by.
+            go_on: draft behind a chain that holds as well; False: only behind a fresh token.
             branch: draft what follows if this token, and not the chain's, comes behind the drafts that were sent.
             batch_tokens: rows of the cloud's pass that `deep` comes from. If other rounds of this device may have
                 been in it, they are waited for (1 ms at most): sessions that are batched once stay batched, here
                 and in the cloud.
         """
         future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-        job = TurnJob(speculation, future, deep, plan, most=most, branch=branch)
+        job = TurnJob(speculation, future, deep, plan, most=most, go_on=go_on, branch=branch)
         if deep is None:
             self._worker.submit([job])
             return await future
