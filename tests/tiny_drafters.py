@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,18 +21,26 @@ INPUT_LAYERS = 2
 PROMPTS = [[random.Random(n).randrange(3, 199) for _ in range(8 + n % 9)] for n in range(24)]
 
 
-def train_tiny_drafters(model: Path, folder: Path, kinds: tuple[str, ...], epochs: float = 40) -> Path:
+def train_tiny_drafters(
+    model: Path,
+    folder: Path,
+    kinds: tuple[str, ...],
+    epochs: float = 40,
+    *,
+    prompts: Sequence[list[int]] = PROMPTS,
+    draft_ids: range = range(3, 199),  # not all of the vocabulary
+) -> Path:
     """Drafters of a tiny model, trained on its own answers, with the names by which they are found."""
     folder.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(model, INPUT_LAYERS, torch.float32, "cpu", kv_tokens=4096)
     write_answers(
-        teacher, PROMPTS, folder / "answers.jsonl", AnswerOptions(40, concurrency=8), lambda done, total: None
+        teacher, prompts, folder / "answers.jsonl", AnswerOptions(40, concurrency=8), lambda done, total: None
     )
     answers = read_answers(folder / "answers.jsonl")
     shards = write_features(teacher, answers, folder / "states", lambda done, total: None)
     texts = list(read_features(shards))
     weights_id = identity(model).weights_id
-    ids = torch.arange(3, 199)  # not all of the vocabulary
+    ids = torch.tensor(list(draft_ids))
     head = teacher.ends.head_rows(torch.arange(teacher.ends.vocab_size))
     for kind in kinds:
         torch.manual_seed(0)

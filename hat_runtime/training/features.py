@@ -33,7 +33,7 @@ class TextStates:
     deep: torch.Tensor
     """[T - P, hidden_size], after the final norm."""
     top_ids: torch.Tensor
-    """int32 [T - P, TOP]"""
+    """int32 [T - P, TOP], fewer where the vocabulary is smaller"""
     top_p: torch.Tensor
     """float16 [T - P, TOP]"""
 
@@ -117,7 +117,7 @@ def _states(teacher: Teacher, answers: Sequence[AnsweredText]) -> list[TextState
     found = []
     for answer, state in zip(answers, states, strict=True):
         deep = state.deep[answer.prompt_tokens - 1 : -1]
-        top_p, top_ids = torch.softmax(teacher.ends.head(deep), -1).topk(TOP)
+        top_p, top_ids = torch.softmax(teacher.ends.head(deep), -1).topk(min(TOP, teacher.ends.vocab_size))
         found.append(
             TextStates(
                 torch.tensor(answer.ids, dtype=torch.int32),
