@@ -115,6 +115,7 @@ class LockstepLink(CloudLink):
         self.passes += 1
         live = [one for one in work if one[2].epoch == one[1].epoch]
         segments = [Segment(held.sequence, step.start, step.hidden) for _, held, step in live]
+        rows_of_pass = sum(step.n for _, _, step in live)
         deep = iter(self.runner.run(segments) if live else [])
         for session, held, step in work:
             rows = torch.empty(0)
@@ -127,7 +128,7 @@ class LockstepLink(CloudLink):
                 n=step.n,
                 status=pb.STATUS_OK if step.epoch == held.epoch else pb.STATUS_STALE,
                 payload=step.codec.encode(rows) if rows.numel() else b"",
-                batch_tokens=sum(len(segment.hidden) for segment in segments),
+                batch_tokens=rows_of_pass,
             )
             session._receive_result(result)
         if any(held.queue for held in self._held.values()):

@@ -215,7 +215,7 @@ class Answer:
                 continue
             if plan is None and (other := policy.branch(spec, sent, elapsed_s)) is not None:
                 branch, plan = other
-                spec.point = sent
+                spec.aim(sent)
             if plan is None:
                 return
             turn = await self._model.turn(spec, None, plan, branch=branch)

@@ -65,6 +65,14 @@ class Speculation:
         self.tokens += new
         del self.drafts[:accepted], self.hidden[:accepted]
         self.point -= accepted
+        if self.point < 0:  # the draft that they are other choices for is certain
+            self.aim(0)
+
+    def aim(self, point: int) -> None:
+        """Branches are for the draft `point` from now on; those for another one would be guesses out of place."""
+        if point != self.point:
+            self.branches.clear()
+        self.point = point
 
     def restart(self) -> None:
         """Nothing behind the certain tokens holds any more."""

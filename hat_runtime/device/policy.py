@@ -105,7 +105,8 @@ class DraftPolicy:
         room = min(self.config.max_draft, self.times.steps_left(elapsed_s) - 1)
         if not self.drafting or room < 1 or len(spec.drafts) <= sent:
             return None
-        left = [token for token in spec.drafts[sent].others if token not in spec.branches]
+        taken = spec.branches if spec.point == sent else ()
+        left = [token for token in spec.drafts[sent].others if token not in taken]
         if not left:
             return None
         return left[0], DraftPlan(lambda drafts: len(drafts) >= room)

@@ -45,6 +45,9 @@ NEARER = 20.0
 IMPROBABLE = 1e-6
 """A sampler that is right fails the chi-square test of a case this often."""
 
+EVERY = tuple(range(LOOKED_AT))
+PAIRS = tuple((index, index + 1) for index in range(LOOKED_AT - 1))
+
 Distribution = NDArray[np.float64]
 """Joint probabilities of the first tokens: [VOCABULARY] * LOOKED_AT."""
 
@@ -173,20 +176,27 @@ async def draw(
 def approach(texts: NDArray[np.int64], target: Distribution, few: int = 10) -> float:
     """How many times faster draws approach the target than random distributions, from `few` draws to all.
 
-    vLLM's measure: distances are L2; that to the references is the mean over random ones of the same shape.
+    vLLM's measure: distances are L2; that to the references is the mean over random ones of the same shape. The least
+    over the pairs of neighbouring tokens.
     """
-    rng = np.random.default_rng(0)
-    references = rng.random((REFERENCES, target.size))
+    references = np.random.default_rng(0).random((REFERENCES, VOCABULARY**2))
     references /= references.sum(1, keepdims=True)
-    flat = target.reshape(-1)
 
-    def distances(count: int) -> tuple[float, float]:
-        seen = histogram(texts[:count]).reshape(-1) / count
-        away = np.linalg.norm(references - seen, axis=1).mean()
-        return float(np.linalg.norm(flat - seen)), float(away)
+    def distances(look: tuple[int, ...], count: int) -> tuple[float, float]:
+        seen = histogram(texts[:count, look]).reshape(-1) / count
+        near = np.linalg.norm(marginal(target, look) - seen)
+        return float(near), float(np.linalg.norm(references - seen, axis=1).mean())
 
-    (near_few, away_few), (near_many, away_many) = distances(few), distances(len(texts))
-    return (near_few / near_many) / (away_few / away_many)
+    found = []
+    for look in PAIRS:
+        (near_few, away_few), (near_many, away_many) = distances(look, few), distances(look, len(texts))
+        found.append((near_few / near_many) / (away_few / away_many))
+    return min(found)
+
+
+def marginal(target: Distribution, look: tuple[int, ...]) -> NDArray[np.float64]:
+    """Of the tokens `look`, flat."""
+    return target.sum(axis=tuple(set(EVERY) - set(look))).reshape(-1)
 
 
 def histogram(texts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -197,14 +207,9 @@ def histogram(texts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def improbability(texts: NDArray[np.int64], target: Distribution) -> float:
     """Least p-value of Pearson's chi-square tests: all tokens looked at together, and each pair of neighbours."""
-    every = tuple(range(LOOKED_AT))
-    looks = [every, *((index, index + 1) for index in range(LOOKED_AT - 1))]
     return min(
-        chi_square(
-            histogram(texts[:, look]).reshape(-1),
-            target.sum(axis=tuple(set(every) - set(look))).reshape(-1) * len(texts),
-        )
-        for look in looks
+        chi_square(histogram(texts[:, look]).reshape(-1), marginal(target, look) * len(texts))
+        for look in (EVERY, *PAIRS)
     )
 
 
