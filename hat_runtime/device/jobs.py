@@ -66,6 +66,7 @@ class ShallowJob(Job):
         """See Job."""
         self._hidden = hidden
         if self._state is not None:
+            self._state.forget(self.start)  # an earlier text, or drafts
             self._state.note(self.start, hidden, None)
 
     def result(self) -> torch.Tensor:
@@ -154,6 +155,8 @@ class TurnJob(Job):
         fresh = len(verdict.tokens) > accepted
         ended = len(verdict.tokens) >= self._most or last in spec.stop_ids
         spec.confirm(accepted, normed)
+        if fresh:
+            spec.state.forget(len(spec.tokens))  # what it was told of the drafts that were refused
         hit, dropped = False, len(drafts) - accepted if fresh or ended else 0
         if fresh:
             branch = spec.branches.get(last) if verdict.refused and spec.point == 0 else None

@@ -53,7 +53,9 @@ class DraftState:
     """What a drafter remembers of one conversation. This one remembers nothing."""
 
     def note(self, start: int, shallow: torch.Tensor, features: torch.Tensor | None) -> None:
-        """Tokens that are certain: the text ends with them, whatever was said of positions from `start` on.
+        """Tokens that are certain: the text ends with them.
+
+        Rows that are there already must be the same ones, from when they were drafts: `forget` what is not.
 
         Args:
             start: position of the first row.

@@ -45,6 +45,8 @@ class NetworkState(DraftState):
 
     def note(self, start: int, shallow: torch.Tensor, features: torch.Tensor | None) -> None:
         """See DraftState."""
+        for known in [known for known in self.guesses if known < start - 1]:
+            del self.guesses[known]  # nothing is ever drafted there again
         kind = self._net.shape.kind
         if kind != "feature":
             known = min(self.end, start + len(shallow)) - start  # the same rows as when they were drafts
@@ -216,5 +218,5 @@ class NetworkDrafter(Drafter):
                     self.release(state)
                 return
             for state, output in zip(states, outputs, strict=True):
-                state.guesses[state.end - 1 - sum(len(rows) for rows in state.waiting)] = output[-1:]
+                state.guesses[state.end - 1 - sum(len(rows) for rows in state.waiting)] = output[-1:].clone()  # not the whole pass
             states = [state for state in states if state.waiting]
