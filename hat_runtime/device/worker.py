@@ -48,7 +48,7 @@ class Worker:
         self._queue.put(jobs)
 
     def call(self, function: Callable[[], None]) -> None:
-        """Queue a function that must not raise, to be run between passes."""
+        """Queue a function to be run between passes; what it raises is only logged."""
         self._queue.put(function)
 
     def stop(self) -> None:
@@ -74,7 +74,10 @@ class Worker:
             elif waiting and not isinstance(head := waiting.popleft(), Job):
                 if head is None:
                     return
-                head()
+                try:
+                    head()
+                except Exception:
+                    log.exception("a function failed on the device's worker")
 
     def _collect(self, waiting: deque[Job | Callable[[], None] | None], *, block: bool) -> None:
         """Take over everything that is in the queue; wait for something only if there is nothing to do."""
@@ -100,7 +103,8 @@ class Worker:
             return self._run(jobs, new)
         except Exception as error:
             log.exception("a pass over %d sessions failed on the device", len(jobs))
-            deliver([(job.future, error) for job in jobs if not job.delivered])
+            if waiting := [(job.future, error) for job in jobs if not job.delivered]:
+                deliver(waiting)
             return []
 
     def _run(self, jobs: list[Job], new: list[Job]) -> list[Job]:
