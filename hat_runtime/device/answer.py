@@ -113,6 +113,7 @@ class Answer:
             self._policy.config.sampler,
             request.stop_ids,
             list(request.prompt_ids),
+            len(request.prompt_ids) + request.max_new_tokens,
         )
 
     async def upload(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ class Speculation:
     stop_ids: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
     """The certain tokens, the prompt's included."""
+    end_at: int = sys.maxsize
+    """Tokens of the text when it is complete, the prompt's included."""
     cached: int = 0
     """Leading certain tokens whose keys and values the device's cache holds."""
     drafts: list[Draft] = field(default_factory=list)

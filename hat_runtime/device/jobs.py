@@ -170,7 +170,7 @@ class TurnJob(Job):
             spec.restart()
         self._turn = Turn(verdict.tokens, verdict.refused, fresh, tuple(judged), dropped, hit)
         # Where the text ends, nobody needs the last token's states.
-        if not ended and (fresh or not self._plan.enough(spec.drafts)):
+        if not ended and (fresh or not self._enough()):
             self._extend()
 
     def embedded(self, hidden: torch.Tensor) -> None:
@@ -192,7 +192,7 @@ class TurnJob(Job):
             spec.hidden[behind + 1 :] = [hidden[index : index + 1] for index in range(len(hidden))]
         for index in range(len(hidden)):
             spec.state.note_draft(first + index, hidden[index : index + 1])
-        self.wants_draft = not self._plan.enough(self._all())
+        self.wants_draft = not self._enough()
 
     def wish(self) -> Wish:
         """What the drafter is asked."""
@@ -212,7 +212,7 @@ class TurnJob(Job):
         self.wants_draft = False
         if self._branch is not None:
             self.start = len(spec.tokens) + spec.point + len(self._grown)
-            if self._plan.enough(self._grown):
+            if self._enough():
                 return False  # a branch's last draft is run when the branch is taken
         else:
             spec.drafts.append(draft)
@@ -246,6 +246,13 @@ class TurnJob(Job):
     def _all(self) -> list[Draft]:
         return self._spec.drafts if self._branch is None else self._grown
 
+    def _enough(self) -> bool:
+        """Whether to draft no further."""
+        spec = self._spec
+        end = spec.end if self._branch is None else len(spec.tokens) + spec.point + 1 + len(self._grown)
+        # What is judged with the last draft is one token more: with it the text is complete.
+        return end + 1 >= spec.end_at or self._plan.enough(self._all())
+
     def _extend(self) -> None:
         """Run what the cache lacks of the chain, or of the branch's first token and what is before it; then draft."""
         spec = self._spec
@@ -260,4 +267,4 @@ class TurnJob(Job):
         self.start, self.ids = len(spec.tokens) + same, wanted[same:]
         del spec.held[same:]
         if not self.ids:
-            self.wants_draft = not self._plan.enough(self._all())
+            self.wants_draft = not self._enough()

@@ -202,7 +202,9 @@ def marginal(target: Distribution, look: tuple[int, ...]) -> NDArray[np.float64]
 def histogram(texts: NDArray[np.int64]) -> NDArray[np.int64]:
     """How often each text was drawn: [VOCABULARY] * tokens."""
     shape = (VOCABULARY,) * texts.shape[1]
-    return np.bincount(np.ravel_multi_index(tuple(texts.T), shape), minlength=VOCABULARY ** len(shape)).reshape(shape)
+    return np.bincount(
+        np.ravel_multi_index(tuple(texts.T), shape), minlength=VOCABULARY ** len(shape)
+    ).reshape(shape)
 
 
 def improbability(texts: NDArray[np.int64], target: Distribution) -> float:
@@ -221,7 +223,9 @@ def chi_square(counts: NDArray[np.int64], expected: NDArray[np.float64]) -> floa
     wanted = np.append(expected[~rare], expected[rare].sum())
     seen, wanted = seen[wanted > 0], wanted[wanted > 0]
     statistic = ((seen - wanted) ** 2 / wanted).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), torch.tensor(statistic / 2)))
+    return float(
+        torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), torch.tensor(statistic / 2))
+    )
 
 
 PAIRWISE = (  # every two settings of different options meet in one of them

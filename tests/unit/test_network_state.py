@@ -71,7 +71,9 @@ def test_random_histories(drafter: Bare) -> None:
                 drafter.guess(state)
             right = rng.randint(0, 4)  # so many drafts are those of the text
             for index in range(rng.randint(right, 5)):
-                state.note_draft(certain + index, (SHALLOW if index < right else WRONG)[certain + index, None])
+                state.note_draft(
+                    certain + index, (SHALLOW if index < right else WRONG)[certain + index, None]
+                )
                 if rng.random() < 0.8 and state.waiting:
                     drafter.guess(state)
             if rng.random() < 0.3:  # another choice for one of them

@@ -218,5 +218,7 @@ class NetworkDrafter(Drafter):
                     self.release(state)
                 return
             for state, output in zip(states, outputs, strict=True):
-                state.guesses[state.end - 1 - sum(len(rows) for rows in state.waiting)] = output[-1:].clone()  # not the whole pass
+                state.guesses[state.end - 1 - sum(len(rows) for rows in state.waiting)] = output[
+                    -1:
+                ].clone()  # not the whole pass
             states = [state for state in states if state.waiting]
