@@ -134,6 +134,11 @@ full-operator-kill: $(STAMP)  ## the operator killed at 20 random points; a site
 full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
 	@$(BIN)/python -m pytest tests -m long -k stress $(ARGS)
 
+# HAT_FULL_GRID=1 make full-distribution: every drafter with every window, branches and sampler (most of a day)
+.PHONY: full-distribution
+full-distribution: $(STAMP)  ## sampled texts distributed as the target's, 100,000 answers with every drafter
+	@$(BIN)/python -m pytest tests/runtime/test_rejection_distribution.py -m long -s $(ARGS)
+
 .PHONY: full-fuzz
 full-fuzz: $(STAMP)  ## random and mutated messages against a live server
 	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)

@@ -1,9 +1,9 @@
 """A device and its cloud in one process and in step: for tests that need hundreds of thousands of short answers.
 
-Everything of the device is real, sessions with their epochs, rollbacks and evictions included, and so are the cloud's
-layers over a paged KV cache. Left out are gRPC and the cloud's scheduler, which cost most of the time of a short answer
-and are tested elsewhere. The cloud computes when no session of the device has anything to do: every session drafts ahead
-as far as its policy lets it, whatever the machine does meanwhile, and passes are as large as they can be.
+Everything of the device is real, sessions with their epochs and rollbacks included, and so are the cloud's layers over
+a paged KV cache. Left out are gRPC and the cloud's scheduler, which cost most of the time of a short answer and are
+tested elsewhere. The cloud computes when no session of the device has anything to do: every session drafts ahead as
+far as its policy lets it, whatever the machine does meanwhile, and passes are as large as they can be.
 """
 
 from __future__ import annotations
