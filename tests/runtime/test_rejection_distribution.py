@@ -329,6 +329,7 @@ async def test_a_wrong_sampler_is_found(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("case", GRID if os.environ.get("HAT_FULL_GRID") else EVERY_DRAFTER, ids=str)
 async def test_with_many_draws(tiny_words: Path, drafters: dict[str, str], exact: Any, case: Case) -> None:
     """`make full-distribution`: 100,000 answers of every case, some 10 minutes each on one core."""
