@@ -118,6 +118,14 @@ full-split-overhead: $(STAMP)  ## tokens/s against local transformers, 1 and 8 s
 full-ttft: $(STAMP)  ## time to first token against the physical limit
 	@$(BIN)/python benchmarks/ttft.py $(ARGS)
 
+.PHONY: full-ablation
+full-ablation: $(STAMP)  ## HAT's ablation and beyond over four links, beside the limits (device and cloud on a core each)
+	@$(BIN)/python benchmarks/ablation.py $(ARGS)
+
+.PHONY: full-acceptance
+full-acceptance: $(STAMP)  ## tokens a round of every drafter on the report sets
+	@$(BIN)/python benchmarks/acceptance.py $(ARGS)
+
 .PHONY: full-codec-quality
 full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model
 	@$(BIN)/python benchmarks/codec_quality.py $(ARGS)
