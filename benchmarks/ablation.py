@@ -20,9 +20,9 @@ from hat_runtime.cli.main import build_parser
 from hat_runtime.errors import HatError, UsageError
 
 _ABOUT = """
-Device and cloud pinned to one core each, greedy. Times are the device's own; TTFT is the median over the prompts, TBT the
-mean over all tokens. The limits (hat_runtime/control/limits.py) are made of bare transformers layers on the same cores and raw
-sockets through the same emulated link, measured in the same run; those of rows that draft hold at the row's own measured
+Device and cloud pinned to one core each, greedy. Times are the device's own; TTFT is the median over prompts, TBT the
+mean over all tokens. The limits (hat_runtime/control/limits.py) are made of bare transformers layers on the same cores
+and raw sockets through the same emulated link, measured in the same run; those of rows that draft hold at the row's own
 acceptance. With several sessions at a time the limits are still those of one. `x` is measured / limit.
 """
 
