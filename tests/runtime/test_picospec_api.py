@@ -138,7 +138,12 @@ async def test_hat_generate(folder: Path, draft: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (["--max-draft", "3"], "--max-draft 3 goes with --mode picospec"),
+        (["--draft-model", "x"], "--draft-model x goes with --mode picospec"),
+        (["--sampler", "topk"], "--sampler 'topk': must be one of coupled, rejection"),
+        (
+            ["--mode", "picospec", "--draft-model", "x", "--drafter", "ngram"],
+            "--drafter ngram does not go with",
+        ),
         (["--mode", "picospec", "--draft-model", "x", "--window", "0"], "--window 0: must be 1 or more"),
         (["--mode", "picospec", "--draft-model", "x", "--max-draft", "40"], "--max-draft 40 x --window 2"),
     ],
