@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hat_runtime.device.chain import NO_DRAFTS, Speculation
+from hat_runtime.device.drafting.base import DraftState
 from hat_runtime.device.sampling import SamplingParams
 from hat_runtime.device.submodels import DeviceFull, DeviceModel
 from hat_runtime.model.pages import PagedSequence
@@ -41,19 +44,30 @@ async def test_any_chunks_and_any_company_give_the_same_states(model: DeviceMode
     await accounted_for(model, whole, chunked, other)
 
 
-async def test_advance_is_head_sampling_and_the_next_shallow_pass(model: DeviceModel) -> None:
+def speculation(tokens: list[int], sequence: PagedSequence, **fields: Any) -> Speculation:
+    """An answer whose tokens are all in the device's cache."""
+    return Speculation(
+        sequence, DraftState(), SamplingParams(), tokens=list(tokens), cached=len(tokens), **fields
+    )
+
+
+async def test_a_turn_is_head_sampling_and_the_next_shallow_pass(model: DeviceModel) -> None:
     sequence, again = PagedSequence(), PagedSequence()
     deep = torch.randn(1, 64)
     await model.shallow(sequence, IDS[:10], 0)
-    advanced = await model.advance(sequence, deep, SamplingParams(), 10)
-    assert advanced.hidden is not None
-    want = await model.shallow(again, [*IDS[:10], advanced.token_id], 0)
-    assert torch.allclose(advanced.hidden, want[-1:], atol=1e-3)
+    answer = speculation(IDS[:10], sequence)
+    turn = await model.turn(answer, deep, NO_DRAFTS, most=5)
+    want = await model.shallow(again, [*IDS[:10], *turn.tokens], 0)
+    assert answer.tokens == [*IDS[:10], *turn.tokens]
+    assert torch.allclose(torch.cat(answer.hidden), want[-1:], atol=1e-3)
 
-    stopped = await model.advance(sequence, deep, SamplingParams(), 11, frozenset({advanced.token_id}))
-    assert (stopped.token_id, stopped.hidden) == (advanced.token_id, None)
-    last = await model.advance(sequence, deep, SamplingParams(), 11, embed_new=False)
-    assert last.hidden is None
+    stopping = speculation(answer.tokens, sequence, stop_ids=frozenset(turn.tokens))
+    stopped = await model.turn(stopping, deep, NO_DRAFTS, most=5)
+    assert stopped.tokens == turn.tokens
+    assert stopping.hidden == []
+    last = speculation(answer.tokens, sequence)
+    await model.turn(last, deep, NO_DRAFTS, most=1)
+    assert last.hidden == []
     assert sequence.length == 11
 
 
@@ -64,14 +78,17 @@ async def test_rounds_of_one_cloud_pass_are_gathered(model: DeviceModel) -> None
     want = []
     for sequence, deep in zip(sequences, deeps, strict=True):
         await model.shallow(sequence, IDS[:8], 0)
-        want.append((await model.advance(PagedSequence(), deep[None], SamplingParams(), 0)).token_id)
+        alone = PagedSequence()
+        await model.shallow(alone, IDS[:8], 0)
+        want.append((await model.turn(speculation(IDS[:8], alone), deep[None], NO_DRAFTS, most=5)).tokens)
+        model.release(alone)
     model.rounds_in_flight = 4
 
-    async def arrive(index: int) -> int:
+    async def arrive(index: int) -> list[int]:
         await asyncio.sleep(index * 1e-4)
         model.rounds_in_flight -= 1
-        deep = deeps[index : index + 1]
-        return (await model.advance(sequences[index], deep, SamplingParams(), 8, batch_tokens=5)).token_id
+        answer = speculation(IDS[:8], sequences[index])
+        return (await model.turn(answer, deeps[index : index + 1], NO_DRAFTS, most=5, batch_tokens=5)).tokens
 
     assert await asyncio.gather(*(arrive(index) for index in range(4))) == want
 
