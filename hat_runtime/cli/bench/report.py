@@ -59,7 +59,7 @@ def _slower_than_subsets(rows: Sequence[Summary]) -> list[str]:
             for name in ("ttft_s", "tbt_s"):
                 ratio = getattr(row, name) / max(1e-9, getattr(other, name))
                 if ratio > TOLERANCE:
-                    found.append(f"{row.row} than {other.row} ({name[:4].upper()} x {ratio:.2f})")
+                    found.append(f"{row.row} than {other.row} ({name[:-2].upper()} x {ratio:.2f})")
     return found
 
 
