@@ -126,7 +126,7 @@ def running_pair(
         command = hat_command("device", "serve", *common, *config.device_options, "--listen", api)
         command += ["--cloud", link.address if link else cloud_address]
         command += ["--chunk-tokens", str(config.chunk_tokens), "--keep-sessions", "0", "--grace", "1"]
-        command += ["--drafter", config.drafter]
+        command += ["--drafter", config.drafter] if config.draft_model is None else []
         device = children.start("device", command, cores=config.device_cores)
         cloud.wait_ready(f"http://{cloud_http}/readyz", READY_S, tick=device.check)
         device.wait_ready(f"http://{api}/readyz", READY_S, tick=cloud.check)

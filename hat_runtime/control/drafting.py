@@ -20,16 +20,20 @@ FORGET = 0.98
 
 OFF_ABOVE = 1.03
 """Drafting is turned off when a token takes this many times what it would without."""
-PROBE_ROUNDS = 6
+PROBE_ROUNDS = 16
 """Rounds with drafting after which its cost is judged."""
 FIRST_PAUSE = 16
 """Rounds without drafting before it is tried again; doubles each time that it did not pay."""
-LONGEST_PAUSE = 512
+LONGEST_PAUSE = 128
 
 
-def average(past: float, new: float) -> float:
-    """Moving average; 0 stands for nothing seen yet."""
-    return new if past == 0.0 else PAST * past + (1 - PAST) * new
+ROUNDS_PAST = 0.95
+"""The same for rounds: whether drafting pays is judged over some twenty, because luck differs from round to round."""
+
+
+def average(past: float, new: float, weight: float = PAST) -> float:
+    """Moving average with `weight` on the past; 0 stands for nothing seen yet."""
+    return new if past == 0.0 else weight * past + (1 - weight) * new
 
 
 @dataclass
@@ -107,9 +111,9 @@ class RoundTimes:
 
     def saw_round(self, seconds: float, tokens: int, drafting_s: float) -> None:
         """A round has ended that gave `tokens` and spent `drafting_s` on drafts before its Step could leave."""
-        self.round_s = average(self.round_s, seconds)
-        self.tokens = average(self.tokens, tokens)
-        self.saved_s = average(self.saved_s, drafting_s)
+        self.round_s = average(self.round_s, seconds, ROUNDS_PAST)
+        self.tokens = average(self.tokens, tokens, ROUNDS_PAST)
+        self.saved_s = average(self.saved_s, drafting_s, ROUNDS_PAST)
 
     @property
     def token_s(self) -> float:
