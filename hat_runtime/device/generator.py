@@ -25,6 +25,7 @@ from hat_runtime.device.request import (
     GenerationStats,
     TokenEvent,
 )
+from hat_runtime.device.session import CloudSession
 from hat_runtime.device.steps import Binding
 from hat_runtime.device.submodels import DeviceModel
 from hat_runtime.errors import UsageError
@@ -114,7 +115,7 @@ class Generator:
             DeviceFull: the device's KV cache cannot hold the text.
         """
         self.check(request)
-        began = time.monotonic()
+        began = last_s = time.monotonic()
         stats = request.stats = GenerationStats(prompt_tokens=len(request.prompt_ids), finish_reason=ERROR)
         self.metrics.sessions_running.inc()
         answer = self._make_answer(request)
@@ -122,7 +123,6 @@ class Generator:
             await answer.begin()
             self.metrics.cached_prompt_tokens.inc(stats.cached_tokens)
             deep = await answer.upload()
-            last_s = began
             while True:
                 turn = await answer.turn(deep)
                 now = time.monotonic()
@@ -149,12 +149,7 @@ class Generator:
                 stats.finish_reason = CANCELLED
             raise
         finally:
-            answer.end()
-            if stats.completion_tokens > 1:
-                stats.tbt_s = (last_s - began - stats.ttft_s) / (stats.completion_tokens - 1)
-            self.metrics.sessions_running.dec()
-            self.metrics.requests.labels(stats.finish_reason).inc()
-            self.metrics.kv_usage.set(1 - self.model.cache.free_pages / self.model.cache.num_pages)
+            self._end(answer, last_s - began)
 
     async def close(self) -> None:
         """End all sessions, the connection and the worker thread."""
@@ -173,16 +168,29 @@ class Generator:
             self.model,
             self.link,
             self.conversations,
-            open_session=lambda: self.link.open_session(
-                self.binding,
-                request_id=request.request_id,
-                tenant=self.config.tenant,
-                device_name=self.config.device_name,
-            ),
+            open_session=lambda: self._open_session(request),
             policy=self.policy,
             chunk=min(chunk or longest, longest),
             max_evictions=self.config.max_evictions,
         )
+
+    def _open_session(self, request: GenerationRequest) -> CloudSession:
+        return self.link.open_session(
+            self.binding,
+            request_id=request.request_id,
+            tenant=self.config.tenant,
+            device_name=self.config.device_name,
+        )
+
+    def _end(self, answer: Answer, took_s: float) -> None:
+        """The answer is over, however; its last token came after `took_s` seconds."""
+        answer.end()
+        stats = answer.request.stats
+        if stats.completion_tokens > 1:
+            stats.tbt_s = (took_s - stats.ttft_s) / (stats.completion_tokens - 1)
+        self.metrics.sessions_running.dec()
+        self.metrics.requests.labels(stats.finish_reason).inc()
+        self.metrics.kv_usage.set(1 - self.model.cache.free_pages / self.model.cache.num_pages)
 
     def _learn_round(self, answer: Answer, turn: Turn, took_s: float) -> None:
         """What a round took, for the decision whether to draft."""

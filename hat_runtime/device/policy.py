@@ -78,11 +78,8 @@ class DraftPolicy:
         """For a round's drafts."""
         if not self.drafting:
             return NO_DRAFTS
-        rule = StopRule(self.config.max_draft, self.config.stop_threshold)
         worth = self.times.least_worth
-        return DraftPlan(
-            lambda drafts: rule.enough([draft.confidence for draft in drafts], self.expected(drafts), worth)
-        )
+        return DraftPlan(lambda drafts: self._full(drafts, worth))
 
     def ahead(self, spec: Speculation, sent: int, elapsed_s: float) -> DraftPlan | None:
         """For one more draft while a round is checked; None: enough.
@@ -97,7 +94,9 @@ class DraftPolicy:
             return None
         if self.times.steps_left(elapsed_s) < 1:
             return None
-        if unsent > self.config.max_draft or (unsent > 1 and self._round_is_full(spec.drafts[sent + 1 :])):
+        if unsent > self.config.max_draft or (
+            unsent > 1 and self._full(spec.drafts[sent + 1 :], self.times.least_worth)
+        ):
             return None
         goal = len(spec.drafts) + 1
         others = self.config.branches - 1 if unsent == 0 else 0
@@ -144,7 +143,7 @@ class DraftPolicy:
         self._blocking_s = turn.draft_s
         self.throttle.after_round(self.times)
 
-    def _round_is_full(self, drafts: Sequence[Draft]) -> bool:
+    def _full(self, drafts: Sequence[Draft], least_worth: float) -> bool:
+        """Whether a round has drafts enough."""
         rule = StopRule(self.config.max_draft, self.config.stop_threshold)
-        confidences = [draft.confidence for draft in drafts]
-        return rule.enough(confidences, self.expected(drafts), self.times.least_worth)
+        return rule.enough([draft.confidence for draft in drafts], self.expected(drafts), least_worth)

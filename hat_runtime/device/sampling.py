@@ -8,8 +8,10 @@ from hat_runtime.model.sampling import (
     RESIDUAL,
     SamplingParams,
     gumbel_noise,
+    kept_scores,
     nucleus,
     sample,
+    softmax,
     uniform_noise,
 )
 
@@ -19,7 +21,9 @@ __all__ = [
     "RESIDUAL",
     "SamplingParams",
     "gumbel_noise",
+    "kept_scores",
     "nucleus",
     "sample",
+    "softmax",
     "uniform_noise",
 ]

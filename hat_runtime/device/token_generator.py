@@ -59,12 +59,7 @@ class TokenGenerator(Generator):
                 stats.finish_reason = CANCELLED
             raise
         finally:
-            answer.end()
-            if stats.completion_tokens > 1:
-                stats.tbt_s = (last_s - began - stats.ttft_s) / (stats.completion_tokens - 1)
-            self.metrics.sessions_running.dec()
-            self.metrics.requests.labels(stats.finish_reason).inc()
-            self.metrics.kv_usage.set(1 - self.model.cache.free_pages / self.model.cache.num_pages)
+            self._end(answer, last_s - began)
 
     def _make_token_answer(self, request: GenerationRequest) -> TokenAnswer:
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
@@ -73,12 +68,7 @@ class TokenGenerator(Generator):
             self.model,
             self.link,
             self.conversations,
-            open_session=lambda: self.link.open_session(
-                self.binding,
-                request_id=request.request_id,
-                tenant=self.config.tenant,
-                device_name=self.config.device_name,
-            ),
+            open_session=lambda: self._open_session(request),
             policy=self.policy,
             chunk=1,  # ids are not cut into chunks: the cloud's passes are
             max_evictions=self.config.max_evictions,

@@ -21,8 +21,9 @@ from hat_runtime.device.sampling import (
     RESIDUAL,
     SamplingParams,
     gumbel_noise,
-    nucleus,
+    kept_scores,
     sample,
+    softmax,
     uniform_noise,
 )
 
@@ -102,10 +103,8 @@ def distribution(
     logits: torch.Tensor, params: SamplingParams
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Token ids and probabilities that the parameters leave of logits float32 [vocabulary], for temperature > 0."""
-    scores = logits.detach().to("cpu", torch.float64).numpy() / params.temperature
-    ids = nucleus(scores, params.top_p) if params.top_p < 1.0 else np.arange(len(scores), dtype=np.int64)
-    odds = np.exp(scores[ids] - scores[ids].max())
-    return ids, odds / odds.sum()
+    ids, scores = kept_scores(logits, params)
+    return ids, softmax(scores)
 
 
 def residual(ids: NDArray[np.int64], p: NDArray[np.float64], proposal: Proposal) -> NDArray[np.float64]:

@@ -53,13 +53,31 @@ def sample(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
     """The token at `position` (absolute: the prompt's first token is 0) for logits float32 [vocabulary]."""
     if params.temperature == 0.0:
         return int(logits.argmax())
+    ids, scores = kept_scores(logits, params)
+    return int(ids[(scores + gumbel_noise(params.seed, position, ids)).argmax()])
+
+
+def kept_scores(
+    logits: torch.Tensor, params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What temperature and top_p leave of logits float32 [n]: indices, and log-probabilities up to a constant.
+
+    Args:
+        logits: of a vocabulary, or of a part of one.
+        params: temperature > 0.
+    """
     scores = logits.detach().to("cpu", torch.float64).numpy() / params.temperature
     if params.top_p < 1.0:
         ids = nucleus(scores, params.top_p)
-        noisy = scores[ids] + gumbel_noise(params.seed, position, ids)
-        return int(ids[noisy.argmax()])
-    ids = np.arange(len(scores), dtype=np.int64)
-    return int((scores + gumbel_noise(params.seed, position, ids)).argmax())
+        return ids, scores[ids]
+    return np.arange(len(scores), dtype=np.int64), scores
+
+
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities [n] of log-probabilities up to a constant."""
+    odds = np.exp(scores - scores.max())
+    result: NDArray[np.float64] = odds / odds.sum()
+    return result
 
 
 def probabilities(logits: torch.Tensor, params: SamplingParams) -> NDArray[np.float64]:

@@ -98,6 +98,9 @@ class Trainer:
         rows = sum(_rows(text) for text in texts)
         self.steps = max(1, round(options.epochs * rows / options.batch_rows))
         self.step = 0
+        self._order_of = 0
+        self._order = self._shuffled(0)
+        self._epoch_steps = len(self._order)
 
     def run(self, checkpoint: Path, progress: Callable[[Progress], None]) -> None:
         """Train to the end, from the checkpoint if there is one."""
@@ -166,24 +169,25 @@ class Trainer:
 
     def _batch(self, step: int) -> list[TextStates]:
         """The texts of a step: the epoch's order depends on nothing but seed and epoch, so it can be resumed."""
-        batches = self._batches(0)
-        epoch, index = divmod(step, len(batches))
-        return [self._moved(self._texts[text]) for text in self._batches(epoch)[index]]
+        epoch, index = divmod(step, self._epoch_steps)
+        if self._order_of != epoch:
+            self._order_of, self._order = epoch, self._shuffled(epoch)
+        # An epoch's texts may fill one batch more or less than the first one's.
+        return [self._moved(self._texts[text]) for text in self._order[index % len(self._order)]]
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        if getattr(self, "_order_of", None) != epoch:
-            order = list(range(len(self._texts)))
-            random.Random(f"{self.options.seed}/{epoch}").shuffle(order)
-            batches: list[list[int]] = [[]]
-            rows = 0
-            for index in order:
-                batches[-1].append(index)
-                rows += _rows(self._texts[index])
-                if rows >= self.options.batch_rows:
-                    batches.append([])
-                    rows = 0
-            self._order, self._order_of = [batch for batch in batches if batch], epoch
-        return self._order
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        """All texts in batches of about `batch_rows` rows."""
+        order = list(range(len(self._texts)))
+        random.Random(f"{self.options.seed}/{epoch}").shuffle(order)
+        batches: list[list[int]] = [[]]
+        rows = 0
+        for index in order:
+            batches[-1].append(index)
+            rows += _rows(self._texts[index])
+            if rows >= self.options.batch_rows:
+                batches.append([])
+                rows = 0
+        return [batch for batch in batches if batch]
 
     def _moved(self, text: TextStates) -> TextStates:
         if self._device == "cpu":

@@ -52,7 +52,8 @@ async def test_greedy_text_is_the_whole_models(
         if name == "target itself":
             rounds = sum(request.stats.rounds for request in requests)
             assert accepted >= 3 * NEW * (0.3 if gamma == 1 else 0.5)
-            assert rounds < 3 * NEW
+            # With one draft a round and the chain going on, a round gives its draft and no bonus token.
+            assert rounds <= 3 * NEW if gamma == 1 else rounds < 3 * NEW
         elif name == "close":
             assert accepted > 0
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from hat_runtime.device.drafting.base import Draft, Proposal
-from hat_runtime.device.sampling import DRAFT, SamplingParams, gumbel_noise, nucleus
+from hat_runtime.device.sampling import DRAFT, SamplingParams, gumbel_noise, kept_scores, softmax
 
 
 def choose(
@@ -39,11 +39,8 @@ def choose(
         confidence = float(torch.exp(best.values[0] - torch.logsumexp(logits, -1)))
         first, *rest = (int(ids[index]) for index in best.indices.tolist())
         return Draft(first, confidence, source, None, tuple(rest))
-    scores = logits.double().numpy() / params.temperature
-    kept = nucleus(scores, params.top_p) if params.top_p < 1.0 else np.arange(len(scores))
-    scores, kept_ids = scores[kept], ids[kept]
-    odds = np.exp(scores - scores.max())
-    q = odds / odds.sum()
+    kept, scores = kept_scores(logits, params)
+    kept_ids, q = ids[kept], softmax(scores)
     noise = gumbel_noise(params.seed, position, kept_ids, DRAFT if with_proposal else 0)
     order = np.argsort(-(scores + noise))[: 1 + others]
     tokens = [int(kept_ids[index]) for index in order]
