@@ -110,6 +110,10 @@ clean:  ## delete caches and build results (.venv and the model cache stay)
 full-exactness: $(STAMP)  ## token ids equal to the whole model's, 40 Spec-Bench prompts
 	@$(BIN)/python benchmarks/exactness.py $(ARGS)
 
+.PHONY: full-drafting-exactness
+full-drafting-exactness: $(STAMP)  ## the same with every drafter over slow links, 40 Spec-Bench and 20 HumanEval prompts
+	@$(BIN)/python benchmarks/exactness.py --drafting $(ARGS)
+
 .PHONY: full-split-overhead
 full-split-overhead: $(STAMP)  ## tokens/s against local transformers, 1 and 8 sessions
 	@$(BIN)/python benchmarks/split_overhead.py $(ARGS)
@@ -125,6 +129,10 @@ full-ablation: $(STAMP)  ## HAT's ablation and beyond over four links, beside th
 .PHONY: full-acceptance
 full-acceptance: $(STAMP)  ## tokens a round of every drafter on the report sets
 	@$(BIN)/python benchmarks/acceptance.py $(ARGS)
+
+.PHONY: full-capacity
+full-capacity: $(STAMP)  ## what a core of the cloud serves, with and without speculation
+	@$(BIN)/python benchmarks/capacity.py $(ARGS)
 
 .PHONY: full-codec-quality
 full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model

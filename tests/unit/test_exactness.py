@@ -1,9 +1,10 @@
-"""The comparison of benchmarks/exactness.py sees every way in which an answer can leave the reference."""
+"""benchmarks/exactness.py sees every way in which an answer can leave the reference, and leaves no pair out."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,11 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    path = Path(__file__).parent.parent.parent / "benchmarks" / "exactness.py"
-    spec = importlib.util.spec_from_file_location("exactness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[Any]:
+    folder = Path(__file__).parent.parent.parent / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("exactness")
 
 
 @pytest.mark.parametrize(
@@ -38,8 +35,21 @@ def test_first_difference(script: Any, expected: list[int], found: list[int], in
 
 def test_a_difference_passes_only_where_the_reference_was_undecided(script: Any) -> None:
     def run(*gaps: float) -> Any:
-        return script.Run(1, 128, 10, 1.0, [script.Difference(None, 3, gap) for gap in gaps])
+        differences = [script.Difference(None, 3, gap) for gap in gaps]
+        return script.Run(script.Setting("one", ()), 10, 10, 1.0, differences)
 
     assert run().passed
     assert run(5e-4).passed
     assert not run(5e-4, 2e-3).passed
+
+
+def test_every_two_values_of_the_drafting_grid_meet_in_a_setting(script: Any) -> None:
+    def values(setting: Any) -> tuple[str, ...]:
+        options = dict(zip(setting.options[::2], setting.options[1::2], strict=True))
+        drafter = options["--drafter"].partition(":")[0]
+        return drafter, options["--window"], options["--branches"], setting.link
+
+    found = [values(setting) for setting in script.drafting_settings(Path("draft"))]
+    grid = (script.DRAFTERS, script.WINDOWS, script.BRANCHES, script.LINKS)
+    for left, right in combinations(range(len(grid)), 2):
+        assert {(one[left], one[right]) for one in found} == set(product(grid[left], grid[right]))
