@@ -92,6 +92,7 @@ def messages() -> dict[str, Message]:
                         seed=2**64 - 2,
                         ahead=1,
                         stop_ids=[2, 7],
+                        end=640,
                     ),
                     redraw=1,
                 ),

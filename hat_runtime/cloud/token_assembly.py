@@ -74,7 +74,7 @@ class TokenAssembler:
             params = SamplingParams(sampling.temperature, sampling.top_p, sampling.seed)
         except UsageError as error:
             raise ProtocolError(f"Step.tokens.sampling: {error}") from error
-        return Choosing(params, sampling.sampler, sampling.ahead, frozenset(sampling.stop_ids))
+        return Choosing(params, sampling.sampler, sampling.ahead, sampling.end, frozenset(sampling.stop_ids))
 
     @staticmethod
     def _q(tokens: pb.TokenStep, choosing: Choosing) -> list[float]:

@@ -163,7 +163,7 @@ class TokenEngine(Engine):
         elif state.tip is not None and not tokens.drafts:
             following = state.tip.choice
         self._leave(session, work, Verdict(tokens.drafts, next=following, offered=offered))
-        self._go_ahead(session, afresh=not tokens.drafts)
+        self._go_ahead(session, afresh=True)
 
     def _offer(self, session: Session, position: int, attempt: int = 0) -> Weighted | None:
         """What the device draws a correction from, where the cloud does not choose it."""
@@ -182,7 +182,7 @@ class TokenEngine(Engine):
         self._answer(session, StepDone(work, verdict=verdict))
 
     def _go_ahead(self, session: Session, *, afresh: bool = False) -> None:
-        """Decode on without the device where it cannot have sent what follows: after a refusal or a first token."""
+        """Decode on by ourselves until the device sends more, so that drafting is never slower than not drafting."""
         state = session.tokens
         choosing = state.choosing
         assert choosing is not None
@@ -193,6 +193,7 @@ class TokenEngine(Engine):
             or not state.known
             or state.known[-1] in choosing.stop_ids
             or session.committed >= session.max_tokens
+            or (choosing.end and session.committed + 1 >= choosing.end)  # `known` ends with the last token
             or any(work.epoch >= session.epoch for work in session.queue)
         ):
             state.ahead_left = 0

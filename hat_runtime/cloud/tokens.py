@@ -24,6 +24,7 @@ class Choosing:
     params: SamplingParams = field(default_factory=SamplingParams)
     sampler: str = COUPLED
     ahead: int = 0
+    end: int = 0
     stop_ids: frozenset[int] = frozenset()
 
     @property

@@ -39,8 +39,9 @@ class SpeculationConfig:
     """"coupled", "thinning" (both exact) or "topk" (the paper's; lossy above temperature 0)."""
     step_drafts: int | None = None
     """Drafts that are sent together; None: a whole round."""
-    ahead: int = 1
-    """Tokens that the cloud runs by itself after a refusal (the paper's pre-verify): the first is the correction."""
+    ahead: int | None = None
+    """Tokens that the cloud runs by itself while it has no drafts to judge; 1 is the paper's pre-verify of a
+    correction. None: as many as are wanted, but none where it must wait for a device that waits for it (window 1)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TokenUplink(Answer):
         plain = speculation.max_draft == 0
         self._sampler = COUPLED if plain else speculation.sampler
         self._in_cloud = self._sampler == COUPLED or params.temperature == 0.0
-        self._ahead = new - 1 if plain else speculation.ahead
+        self._ahead = self._own_tokens(plain, new)
         self._step_drafts = speculation.step_drafts or max(1, speculation.max_draft)
         if (
             speculation.window == 1
@@ -83,6 +84,12 @@ class TokenUplink(Answer):
         self._lost: HatError | None = None
         self._broken: BaseException | None = None
         self._wake, self._may_draft_again = asyncio.Event(), asyncio.Event()
+
+    def _own_tokens(self, plain: bool, new: int) -> int:
+        ahead = self._config.ahead
+        if plain or (ahead is None and self._config.window > 1 and self._in_cloud):
+            return new - 1
+        return ahead or 0
 
     @property
     def _finished(self) -> bool:
@@ -154,6 +161,7 @@ class TokenUplink(Answer):
             seed=params.seed % 2**64,
             ahead=self._ahead,
             stop_ids=sorted(self.request.stop_ids),
+            end=self._total,
         )
 
     def _answered(self, sent: _Sent, done: asyncio.Future[StepResult]) -> None:

@@ -49,10 +49,12 @@ async def test_greedy_text_is_the_whole_models(
         accepted = sum(request.stats.accepted_tokens for request in requests)
         drafted = sum(request.stats.draft_tokens for request in requests)
         assert 0 <= accepted <= drafted
+        if window > 1:
+            continue  # the cloud decodes by itself meanwhile: how many drafts are in time is a race
         if name == "target itself":
+            # With one draft a round there is no bonus token: as many rounds as tokens.
             rounds = sum(request.stats.rounds for request in requests)
             assert accepted >= 3 * NEW * (0.3 if gamma == 1 else 0.5)
-            # With one draft a round and the chain going on, a round gives its draft and no bonus token.
             assert rounds <= 3 * NEW if gamma == 1 else rounds < 3 * NEW
         elif name == "close":
             assert accepted > 0

@@ -486,15 +486,18 @@ class Sampling(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     AHEAD_FIELD_NUMBER: _builtins.int
     STOP_IDS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     sampler: _builtins.str
     """"coupled", "thinning" or "topk"; at temperature 0 all are greedy."""
     temperature: _builtins.float
     top_p: _builtins.float
     seed: _builtins.int
     ahead: _builtins.int
-    """Tokens that the cloud may decode by itself after a refusal or a first token, while no Step is there to judge.
-    Samplers that choose in the cloud only ("coupled", and all at temperature 0).
+    """Tokens that the cloud may decode by itself after each Step, while no other is there to judge. Samplers that choose
+    in the cloud only ("coupled", and all at temperature 0).
     """
+    end: _builtins.int
+    """Position after the request's last token: the cloud decodes none by itself from there on. 0: unknown."""
     @_builtins.property
     def stop_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens after which it does not."""
@@ -508,10 +511,11 @@ class Sampling(_message.Message):
         seed: _builtins.int = ...,
         ahead: _builtins.int = ...,
         stop_ids: _abc.Iterable[_builtins.int] | None = ...,
+        end: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "sampler", b"sampler", "seed", b"seed", "stop_ids", b"stop_ids", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "end", b"end", "sampler", b"sampler", "seed", b"seed", "stop_ids", b"stop_ids", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
