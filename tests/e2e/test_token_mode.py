@@ -70,13 +70,13 @@ def test_each_side_runs_what_its_field_says(product: Product, answers: dict[str,
     assert 'layers="0:30"' in model
 
 
-def test_another_draft_model_from_a_claim_leaves_the_cloud_alone(
+def test_a_draft_model_from_a_claim_leaves_the_cloud_alone(
     product: Product, answers: dict[str, str], tmp_path: Path
 ) -> None:
-    """As at a site without internet. The model drafts for itself here: every draft is right."""
-    from hat_runtime.model.prepare import prepare
+    """As at a site without internet."""
+    from hat_runtime.model.draft_model import prepare_draft_model
 
-    prepare("default", out=tmp_path / "small", dtype="bfloat16")
+    prepare_draft_model("default", tmp_path / "small")
     make_claim(product.edge, SITE_NAMESPACE, "drafts", tmp_path)
     replica = one_pod(product, product.cloud, TEAM)["metadata"]["uid"]
     claim = {"claim": {"name": "drafts", "path": "small"}}
@@ -87,7 +87,7 @@ def test_another_draft_model_from_a_claim_leaves_the_cloud_alone(
     assert "initContainers" not in one_pod(product, product.edge, SITE_NAMESPACE)["spec"]
     text, seen = ask(product)
     assert text == answers[PROMPT]
-    assert seen["accepted_tokens"] > 0.8 * seen["draft_tokens"]
+    assert 0 < seen["accepted_tokens"] <= seen["draft_tokens"]
     assert one_pod(product, product.cloud, TEAM)["metadata"]["uid"] == replica
 
 
