@@ -13,6 +13,7 @@ from hat_runtime.cli.progress import ProgressBar
 _PREPARE = """\
 Write a model as a folder of safetensors with configuration, tokenizer and hat_manifest.json, which tells device and
 cloud whether they hold the same model. With --part the folder holds only what one side needs, and only that is fetched.
+--part draft writes the small model for a device of --mode picospec, where one comes with HAT (for `default`).
 
 sources:
   default    SmolLM2-135M-Instruct, a small chat model (fetched once, 98 MB)
@@ -25,6 +26,7 @@ examples:
   hat model prepare default
   hat model prepare Qwen/Qwen3-0.6B --out qwen3
   hat model prepare Qwen/Qwen3-0.6B --part device --input-layers 3 --out qwen3-device
+  hat model prepare default --part draft --out smollm2-draft
 """
 
 
@@ -41,10 +43,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="where to write (default: a folder of the cache)"
     )
     prepare.add_argument(
-        "--part", choices=("all", "device", "cloud"), default="all", help="which side's part (default all)"
+        "--part",
+        choices=("all", "device", "cloud", "draft"),
+        default="all",
+        help="which side's part, or the draft model for it (default all)",
     )
     prepare.add_argument(
-        "--input-layers", type=int, metavar="M", help="layers on the device; goes with --part"
+        "--input-layers",
+        type=int,
+        metavar="M",
+        help="layers on the device; goes with --part device and cloud",
     )
     prepare.add_argument(
         "--dtype",
@@ -64,12 +72,20 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
+    from hat_runtime.errors import UsageError
+    from hat_runtime.model.draft_model import prepare_draft_model
     from hat_runtime.model.manifest import Manifest
     from hat_runtime.model.prepare import prepare
 
     # As the first process of a container it would otherwise not end by SIGTERM.
     with exits_on_sigterm(), ProgressBar() as progress:
-        folder = prepare(args.source, args.out, args.part, args.input_layers, args.dtype, progress)
+        if args.part == "draft":
+            for option, value in (("--input-layers", args.input_layers), ("--dtype", args.dtype)):
+                if value is not None:
+                    raise UsageError(f"{option} {value} does not go with --part draft")
+            folder = prepare_draft_model(args.source, args.out, progress)
+        else:
+            folder = prepare(args.source, args.out, args.part, args.input_layers, args.dtype, progress)
     _print(folder, Manifest.load(folder), args.json)
     return 0
 

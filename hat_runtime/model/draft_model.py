@@ -13,10 +13,10 @@ from pathlib import Path
 
 from hat_runtime.errors import ModelError, UsageError
 from hat_runtime.model.cache import lock, models_dir
-from hat_runtime.model.manifest import identity, layer_count
-from hat_runtime.model.prepare import span_of, write_prepared
+from hat_runtime.model.manifest import Progress, identity, layer_count
+from hat_runtime.model.prepare import prepare, span_of, write_prepared
 from hat_runtime.model.shards import SourceTensor
-from hat_runtime.model.sources import Opened, converted, open_folder
+from hat_runtime.model.sources import Opened, converted, kind_of, open_folder
 from hat_runtime.model.weights import EMBED, HEAD, NORM, TensorInfo, layer_of, read_header
 
 LAYERS_OF_TARGET = 3
@@ -25,11 +25,34 @@ SHIPPED = Path(__file__).resolve().parent / "drafts"
 """Trained layers that come with HAT, named by their target's weights_id."""
 
 
-def shipped_draft_model(target: Path) -> Path:
+def prepare_draft_model(source: str, out: Path | None = None, progress: Progress | None = None) -> Path:
+    """The draft model that comes with HAT for a model, as a folder: what a device of token mode needs.
+
+    Args:
+        source: the target: "default", a folder or a .gguf file.
+        out: as `shipped_draft_model`.
+        progress: of preparing the target.
+
+    Raises:
+        UsageError: no draft model comes with HAT for it, or `out` holds something that HAT did not write.
+        ModelError: the source cannot be used.
+        HatError: no space, no network, no right to write.
+    """
+    kind = kind_of(source)
+    if kind == "hub":
+        raise UsageError(
+            f"--part draft: no draft model comes with HAT for {source}; prepare a small model whole"
+        )
+    target = Path(source).expanduser() if kind == "folder" else prepare(source, progress=progress)
+    return shipped_draft_model(target, out)
+
+
+def shipped_draft_model(target: Path, out: Path | None = None) -> Path:
     """The draft model for a target that HAT has a trained layer for; built on first use.
 
     Args:
         target: the whole model's folder.
+        out: default: a folder of the cache.
 
     Raises:
         UsageError: there is no trained layer for it.
@@ -40,7 +63,7 @@ def shipped_draft_model(target: Path) -> Path:
         raise UsageError(
             f"--draft-model is needed: no draft model comes with HAT for {target} (weights_id {weights[:16]})"
         )
-    return build_draft_model(target, layer_file, models_dir() / f"draft-{weights[:16]}")
+    return build_draft_model(target, layer_file, out or models_dir() / f"draft-{weights[:16]}")
 
 
 def build_draft_model(
@@ -77,14 +100,15 @@ def build_draft_model(
         digests=None,
     )
     with lock(out):
-        if not (out.exists() and _newer(out, layer_file)):
+        if not (out.exists() and _is_already(out, draft.label, layer_file)):
             write_prepared(out, draft, span_of("all", 0, layers_of_target + 1))
     return out
 
 
-def _newer(out: Path, layer_file: Path) -> bool:
+def _is_already(out: Path, label: str, layer_file: Path) -> bool:
     try:
-        identity(out)
+        if identity(out).source != label:
+            return False
     except ModelError:
         return False
     return out.stat().st_mtime >= layer_file.stat().st_mtime

@@ -109,6 +109,10 @@ def revision(hat: HatDeployment, settings: Settings) -> str:
         "version": runtime_version(hat, settings),
         "image": hat.spec.cloud.image,
     }
+    if (
+        hat.spec.mode != "hat"
+    ):  # not always: the revisions of what was there before this field should not change
+        agreed["mode"] = hat.spec.mode
     return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -11,11 +11,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _RESOURCES = ("cpu", "memory", "ephemeral-storage")
+_SAMPLERS = {"hat": ("coupled", "rejection"), "picospec": ("coupled", "thinning", "topk")}
 
 
 def _other_cluster_can_dial(spec: Mapping[str, Any]) -> bool:
     expose = spec["cloud"]["expose"]
     return "clusterRef" not in spec.get("edge", {}) or expose["type"] != "ClusterIP" or expose["host"] != ""
+
+
+def _has_draft_model(spec: Mapping[str, Any]) -> bool:
+    return (
+        spec["mode"] == "hat"
+        or "edge" not in spec
+        or "draftModel" in spec["speculation"]
+        or spec["model"]["source"].get("hub") == "default"
+    )
+
+
+def _drafts_under_way(spec: Mapping[str, Any]) -> int:
+    found: int = spec["speculation"].get("maxDraft", 4) * spec["speculation"].get("window", 2)
+    return found
 
 
 def _only_resources(field: str) -> Callable[[Any], bool]:
@@ -27,13 +42,55 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')": lambda self: bool(
         re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", self.get("metadata", {}).get("name", ""))
     ),
-    "self.mode == 'hat'": lambda self: bool(self["mode"] == "hat"),
+    "self.mode == 'picospec' || has(self.split)": lambda self: self["mode"] == "picospec" or "split" in self,
+    "self.mode == 'hat' || !has(self.split)": lambda self: self["mode"] == "hat" or "split" not in self,
+    "self.mode == 'picospec' || !has(self.speculation.draftModel)": lambda self: (
+        self["mode"] == "picospec" or "draftModel" not in self["speculation"]
+    ),
+    (
+        "self.mode == 'hat' || !has(self.edge) || has(self.speculation.draftModel) "
+        "|| (has(self.model.source.hub) && self.model.source.hub == 'default')"
+    ): _has_draft_model,
+    "self.mode == 'hat' || !has(self.edge) || !has(self.edge.weights)": lambda self: (
+        self["mode"] == "hat" or "weights" not in self.get("edge", {})
+    ),
+    "self.mode == 'hat' || self.speculation.drafter == 'auto'": lambda self: (
+        self["mode"] == "hat" or self["speculation"]["drafter"] == "auto"
+    ),
+    "self.mode == 'hat' || !has(self.speculation.stopThreshold)": lambda self: (
+        self["mode"] == "hat" or "stopThreshold" not in self["speculation"]
+    ),
+    "self.mode == 'hat' || self.speculation.branches == 1": lambda self: (
+        self["mode"] == "hat" or self["speculation"]["branches"] == 1
+    ),
+    (
+        "self.speculation.sampler in "
+        "(self.mode == 'hat' ? ['coupled', 'rejection'] : ['coupled', 'thinning', 'topk'])"
+    ): lambda self: self["speculation"]["sampler"] in _SAMPLERS[self["mode"]],
+    "self.mode == 'picospec' || !has(self.speculation.maxDraft) || self.speculation.maxDraft >= 1": lambda self: (
+        self["mode"] == "picospec" or self["speculation"].get("maxDraft", 6) >= 1
+    ),
+    (
+        "self.mode == 'hat' || (has(self.speculation.maxDraft) ? self.speculation.maxDraft : 4) "
+        "* (has(self.speculation.window) ? self.speculation.window : 2) <= 64"
+    ): lambda self: self["mode"] == "hat" or _drafts_under_way(self) <= 64,
+    "self.mode == 'hat' || self.chunking.tokens == 128": lambda self: (
+        self["mode"] == "hat" or self["chunking"]["tokens"] == 128
+    ),
+    "self.mode == 'hat' || (self.wire.uplink == 'none' && self.wire.uplinkDecode == 'none')": lambda self: (
+        self["mode"] == "hat" or self["wire"]["uplink"] == self["wire"]["uplinkDecode"] == "none"
+    ),
     (
         "!has(self.edge) || !has(self.edge.clusterRef) || self.cloud.expose.type != 'ClusterIP' "
         "|| self.cloud.expose.host != ''"
     ): _other_cluster_can_dial,
-    "!has(self.edge) || !has(self.model.source.claim) || has(self.edge.weights)": lambda self: (
-        "edge" not in self or "claim" not in self["model"]["source"] or "weights" in self["edge"]
+    (
+        "self.mode == 'picospec' || !has(self.edge) || !has(self.model.source.claim) || has(self.edge.weights)"
+    ): lambda self: (
+        self["mode"] == "picospec"
+        or "edge" not in self
+        or "claim" not in self["model"]["source"]
+        or "weights" in self["edge"]
     ),
     "!has(self.tokenSecretRef) || has(self.source.hub)": lambda self: (
         "tokenSecretRef" not in self or "hub" in self["source"]

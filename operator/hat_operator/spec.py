@@ -10,19 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hat_operator.fields import Fields, SpecError
+from hat_operator.sources import Claim, Source
 from hat_operator.tuning import Speculation, Wire
 
 __all__ = ["HatDeployment", "SpecError"]
 
 Quantities = Mapping[str, str | int]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A folder inside a PersistentVolumeClaim."""
-
-    name: str
-    path: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class Expose:
 
 @dataclass(frozen=True)
 class Cloud:
-    """The replicas with the middle layers."""
+    """The replicas with the middle layers, or with all of them."""
 
     replicas: int
     gpus: int
@@ -138,7 +131,8 @@ class Spec:
     mode: str
     suspend: bool
     model: Model
-    input_layers: int
+    input_layers: int | None
+    """None in mode picospec, which cuts no model."""
     version: str
     """runtime.version; "" until the operator wrote its own there."""
     cloud: Cloud
@@ -155,6 +149,14 @@ class Spec:
     def edge_cluster(self) -> ClusterRef | None:
         """The devices' own cluster; None where they are in this one, or there are none."""
         return None if self.edge is None else self.edge.cluster
+
+    @property
+    def device_claim(self) -> Claim | None:
+        """Where what the devices run lies ready; None where they fetch it, or there are none."""
+        if self.mode == "picospec":
+            draft = self.speculation.draft_model
+            return None if draft is None else draft.claim
+        return None if self.edge is None else self.edge.weights
 
 
 @dataclass(frozen=True)
@@ -192,15 +194,16 @@ class HatDeployment:
 
 def _spec(spec: Fields) -> Spec:
     edge = spec.optional("edge")
+    mode = spec.text("mode")
     parsed = Spec(
-        mode=spec.text("mode"),
+        mode=mode,
         suspend=spec.flag("suspend"),
         model=_model(spec.sub("model")),
-        input_layers=spec.sub("split").number("inputLayers"),
+        input_layers=None if mode == "picospec" else spec.sub("split").number("inputLayers"),
         version=spec.sub("runtime").text("version"),
         cloud=_cloud(spec.sub("cloud")),
         edge=None if edge is None else _edge(edge),
-        speculation=Speculation.parse(spec.sub("speculation")),
+        speculation=Speculation.parse(spec.sub("speculation"), mode),
         chunk_tokens=spec.sub("chunking").number("tokens"),
         wire=Wire.parse(spec.sub("wire")),
         pull_secrets=tuple(item.text("name") for item in spec.items("imagePullSecrets")),
@@ -208,21 +211,26 @@ def _spec(spec: Fields) -> Spec:
         log_level=spec.sub("observability").text("logLevel"),
         pod_monitor=spec.sub("observability").text("podMonitor"),
     )
-    if parsed.model.claim is not None and edge is not None and parsed.edge and parsed.edge.weights is None:
-        reason = "model.source.claim exists only in the cloud's namespace; name the edge side's claim"
-        raise SpecError("spec.edge.weights", None, reason)
+    if parsed.edge is not None:
+        _check_devices_model(parsed, parsed.edge)
     return parsed
 
 
+def _check_devices_model(spec: Spec, edge: Edge) -> None:
+    if spec.mode == "picospec":
+        if spec.speculation.draft_model is None and spec.model.hub != "default":
+            reason = "HAT brings a draft model for hub: default only; name a small model with this tokenizer"
+            raise SpecError("spec.speculation.draftModel", None, reason)
+    elif spec.model.claim is not None and edge.weights is None:
+        reason = "model.source.claim exists only in the cloud's namespace; name the edge side's claim"
+        raise SpecError("spec.edge.weights", None, reason)
+
+
 def _model(model: Fields) -> Model:
-    source = model.sub("source")
-    hub = source.text("hub", "")
-    claim = source.optional("claim")
-    if bool(hub) == (claim is not None):
-        raise SpecError("spec.model.source", dict(source.value), "write exactly one of hub and claim")
+    source = Source.parse(model.sub("source"))
     return Model(
-        hub=hub or None,
-        claim=None if claim is None else _claim(claim),
+        hub=source.hub,
+        claim=source.claim,
         token=_secret(model.optional("tokenSecretRef")),
         revision=model.text("revision"),
         dtype=model.text("dtype"),
@@ -268,7 +276,7 @@ def _edge(edge: Fields) -> Edge:
             model_name=api.text("modelName"),
             keys=_secret(api.optional("keySecretRef")),
         ),
-        weights=None if weights is None else _claim(weights.sub("claim")),
+        weights=None if weights is None else Claim.parse(weights.sub("claim")),
         template=_template(edge.sub("template")),
         deletion_timeout_s=edge.number("deletionTimeoutSeconds"),
     )
@@ -283,10 +291,6 @@ def _cluster(cluster: Fields | None) -> ClusterRef | None:
         context=kubeconfig.text("context"),
         namespace=cluster.text("namespace"),
     )
-
-
-def _claim(claim: Fields) -> Claim:
-    return Claim(claim.text("name"), claim.text("path"))
 
 
 def _secret(secret: Fields | None) -> SecretKey | None:

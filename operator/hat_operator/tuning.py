@@ -8,12 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hat_operator.fields import Fields
+from hat_operator.sources import Source
+
+_MOST_GUESSES = {"hat": 6, "picospec": 4}
 
 
 @dataclass(frozen=True)
 class Speculation:
     """How devices draft; None leaves the choice to the runtime."""
 
+    draft_model: Source | None
+    """Of mode picospec; None is the one that comes with HAT for the default model."""
     drafter: str
     max_draft: int
     stop_threshold: float | None
@@ -22,11 +27,13 @@ class Speculation:
     sampler: str
 
     @classmethod
-    def parse(cls, fields: Fields) -> Speculation:
+    def parse(cls, fields: Fields, mode: str) -> Speculation:
         """Read spec.speculation. Raises SpecError."""
+        draft_model = fields.optional("draftModel")
         return cls(
+            draft_model=None if draft_model is None else Source.parse(draft_model),
             drafter=fields.text("drafter"),
-            max_draft=fields.number("maxDraft"),
+            max_draft=fields.number("maxDraft", _MOST_GUESSES.get(mode)),
             stop_threshold=fields.decimal("stopThreshold") if fields.has("stopThreshold") else None,
             window=fields.number("window") if fields.has("window") else None,
             branches=fields.number("branches"),

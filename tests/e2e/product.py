@@ -251,5 +251,27 @@ def load_images(cluster: Cluster, folder: Path) -> None:
     cluster.node.load(images.write_hat(folder / f"{cluster.name}.tar", refs))
 
 
+def create(cluster: Cluster, namespace: str, body: Mapping[str, Any]) -> None:
+    """`kubectl create` of one object."""
+    cluster.kubectl("-n", namespace, "create", "-f", "-", stdin=json.dumps(body))
+
+
+def make_claim(cluster: Cluster, namespace: str, name: str, folder: Path) -> None:
+    """A volume that many nodes read, with what is in `folder`, and a claim on it; both have this name."""
+    folder.chmod(0o755)
+    common = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+    volume = {
+        **common,
+        "capacity": {"storage": "1Gi"},
+        "hostPath": {"path": str(folder), "type": "Directory"},
+        "claimRef": {"namespace": namespace, "name": name},
+    }
+    wanted = {**common, "resources": {"requests": {"storage": "1Gi"}}}
+    for kind, spec in {"PersistentVolume": volume, "PersistentVolumeClaim": wanted}.items():
+        create(
+            cluster, namespace, {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+        )
+
+
 class RequestError(Exception):
     """A client's request failed."""

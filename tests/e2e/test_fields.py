@@ -7,12 +7,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from tests.e2e.product import REGISTRY, SITE_NAMESPACE, TEAM, Product, RequestError
+from tests.e2e.product import REGISTRY, SITE_NAMESPACE, TEAM, Product, RequestError, create, make_claim
 from tests.harness.cluster import Cluster
 from tests.operator.manifests import hat_deployment
 
@@ -69,9 +68,8 @@ def tuned(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (product.edge, SITE_NAMESPACE, "device"),
     ):
         folder = tmp_path_factory.mktemp(part)
-        folder.chmod(0o755)
         prepare("default", out=folder / "part", part=part, input_layers=LAYERS, dtype="bfloat16")
-        _claim(cluster, namespace, folder)
+        make_claim(cluster, namespace, "weights", folder)
         # A taint that only the templates' toleration passes, and the label that they select.
         cluster.kubectl("label", "node", cluster.node.name, "example.com/rack=7")
         cluster.kubectl("create", "priorityclass", "precious", "--value=1000")
@@ -83,7 +81,7 @@ def tuned(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     secret = f"--from-literal=kubeconfig={json.dumps(sites)}"
     product.cloud.kubectl("-n", TEAM, "create", "secret", "generic", "sites", secret)
     runtime_class = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "runc"}
-    _create(product.edge, "", {**runtime_class, "metadata": {"name": "nvidia"}})
+    create(product.edge, "", {**runtime_class, "metadata": {"name": "nvidia"}})
     keys = ("create", "secret", "generic", "api-keys", f"--from-literal=list={KEY}")
     product.edge.kubectl("-n", SITE_NAMESPACE, *keys)
     body = product.example(**{key.replace(".", "__"): value for key, value in CHANGES.items()})
@@ -97,29 +95,6 @@ def tuned(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         for cluster in (product.cloud, product.edge):
             cluster.kubectl("taint", "node", cluster.node.name, "example.com/hat-only-", check=False)
-
-
-def _create(cluster: Cluster, namespace: str, body: dict[str, Any]) -> None:
-    cluster.kubectl("-n", namespace, "create", "-f", "-", stdin=json.dumps(body))
-
-
-def _claim(cluster: Cluster, namespace: str, folder: Path) -> None:
-    """A volume that many nodes read, and the claim `weights` on it."""
-    common = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
-    volume = {
-        **common,
-        "capacity": {"storage": "1Gi"},
-        "hostPath": {"path": str(folder), "type": "Directory"},
-        "claimRef": {"namespace": namespace, "name": "weights"},
-    }
-    wanted = {**common, "resources": {"requests": {"storage": "1Gi"}}}
-    kinds = {"PersistentVolume": volume, "PersistentVolumeClaim": wanted}
-    for kind, spec in kinds.items():
-        _create(
-            cluster,
-            namespace,
-            {"apiVersion": "v1", "kind": kind, "metadata": {"name": "weights"}, "spec": spec},
-        )
 
 
 def pods(product: Product) -> list[dict[str, Any]]:

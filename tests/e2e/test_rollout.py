@@ -76,7 +76,13 @@ def traffic(product: Product) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "change", [{"split": {"inputLayers": 4}}, {"runtime": {"version": "0.1.1"}}], ids=["split", "version"]
+    "change",
+    [
+        {"split": {"inputLayers": 4}},
+        {"runtime": {"version": "0.1.1"}},
+        {"mode": "picospec", "split": None},
+    ],
+    ids=["split", "version", "mode"],
 )
 def test_a_change_under_traffic_loses_no_request(rolling: Product, change: dict[str, Any]) -> None:
     before = rolling.hat(NAME)["status"]["cloud"]["revision"]

@@ -37,6 +37,12 @@ def two_clusters(name: str = "chat") -> dict[str, Any]:
     )
 
 
+def token_mode(name: str = "chat") -> dict[str, Any]:
+    """The shortest HatDeployment with mode: picospec and devices."""
+    edge = {"deviceSelector": {"matchLabels": {"hat.dev/device": "true"}}}
+    return changed(hat_deployment(name, mode="picospec", edge=edge), {"spec.split": REMOVED})
+
+
 def changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `body` with values at dotted paths replaced, or removed where the value is REMOVED.
 

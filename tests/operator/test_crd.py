@@ -14,7 +14,16 @@ from kubernetes import client as kube
 
 from tests.harness.controlplane import ControlPlane
 from tests.operator.conftest import ROOT
-from tests.operator.manifests import GROUP, PLURAL, REMOVED, VERSION, changed, hat_deployment, two_clusters
+from tests.operator.manifests import (
+    GROUP,
+    PLURAL,
+    REMOVED,
+    VERSION,
+    changed,
+    hat_deployment,
+    token_mode,
+    two_clusters,
+)
 from tests.operator.running import eventually
 from tests.operator.wrong_specs import WRONG
 
@@ -36,7 +45,7 @@ DEFAULTS = {
         "expose": {"type": "ClusterIP", "host": "", "port": 7070, "nodePort": 0},
         "template": {},
     },
-    "speculation": {"drafter": "auto", "maxDraft": 6, "branches": 1, "sampler": "coupled"},
+    "speculation": {"drafter": "auto", "branches": 1, "sampler": "coupled"},
     "chunking": {"mode": "fixed", "tokens": 128},
     "wire": {"uplink": "none", "uplinkDecode": "none", "downlink": "none"},
     "security": {"networkPolicies": True, "tls": "off"},
@@ -251,6 +260,38 @@ def test_values_of_drafting_and_codecs(
     assert spec["wire"] == DEFAULTS["wire"] | wire  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        *({"sampler": name} for name in ("coupled", "thinning", "topk")),
+        *({"maxDraft": drafts, "window": window} for drafts, window in ((0, 16), (32, 2), (4, 16))),
+        {"maxDraft": 32},
+        {"window": 16},
+        {"draftModel": {"hub": "org/small"}},
+        {"draftModel": {"claim": {"name": "drafts", "path": "small"}}},
+    ],
+    ids=str,
+)
+def test_values_of_token_mode(hats: Hats, speculation: dict[str, Any]) -> None:
+    found = hats.create(changed(token_mode(), {"spec.speculation": speculation}))["spec"]
+    assert found["speculation"] == DEFAULTS["speculation"] | speculation  # type: ignore[operator]
+    assert (found["mode"], "split" in found) == ("picospec", False)
+
+
+def test_token_mode_without_devices_needs_no_draft_model(hats: Hats) -> None:
+    source = {"spec.model.source": {"claim": {"name": "weights"}}, "spec.edge": REMOVED}
+    assert hats.create(changed(token_mode(), source))["spec"]["mode"] == "picospec"
+
+
+def test_the_mode_can_change_and_back(hats: Hats) -> None:
+    live = hats.create(hat_deployment(edge=token_mode()["spec"]["edge"]))
+    live = hats.replace(changed(live, {"spec.mode": "picospec", "spec.split": REMOVED}))
+    live = hats.replace(changed(live, {"spec.speculation": {"maxDraft": 2, "sampler": "thinning"}}))
+    assert "split: required in mode hat" in hats.refusal(hats.replace, changed(live, {"spec.mode": "hat"}))
+    back = {"spec.mode": "hat", "spec.split": {"inputLayers": 3}, "spec.speculation": {}}
+    assert hats.replace(changed(live, back))["metadata"]["generation"] == 4
+
+
 def test_scale_subresource(control_plane: ControlPlane, hats: Hats, namespace: str) -> None:
     live = hats.create(hat_deployment())
     hats.replace_status({**live, "status": STATUS})
@@ -303,8 +344,8 @@ def test_table_shows_what_matters(control_plane: ControlPlane, hats: Hats, names
     live = hats.create(hat_deployment())
     hats.replace_status({**live, "status": STATUS})
     header, row = control_plane.kubectl("get", "hat", "-n", namespace, "-o", "wide").stdout.splitlines()
-    assert header.split() == ["NAME", "MODEL", "SPLIT", "CLOUD", "DEVICES", "READY", "REASON", "AGE"]
-    assert row.split()[:-1] == ["chat", "default", "3", "1/2", "0/1", "False", "CloudNotReady"]
+    assert header.split() == ["NAME", "MODEL", "SPLIT", "CLOUD", "DEVICES", "READY", "MODE", "REASON", "AGE"]
+    assert row.split()[:-1] == ["chat", "default", "3", "1/2", "0/1", "False", "hat", "CloudNotReady"]
 
 
 def openapi(plane: ControlPlane) -> dict[str, Any]:
@@ -343,3 +384,6 @@ def test_kubectl_explains(control_plane: ControlPlane) -> None:
     said = control_plane.kubectl("explain", "hat.spec.cloud.expose.nodePort").stdout
     assert "Port on the nodes for type NodePort" in said
     assert "inputLayers" in control_plane.kubectl("explain", "hat", "--recursive").stdout
+    mode = control_plane.kubectl("explain", "hat.spec.mode").stdout
+    assert "token ids cross the network" in " ".join(mode.split())
+    assert "chat template" in control_plane.kubectl("explain", "hat.spec.speculation.draftModel").stdout

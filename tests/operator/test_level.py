@@ -148,7 +148,8 @@ async def change_each(home: Home, name: str, around: str, paths: list[str]) -> N
     edge = {"deviceSelector": {"matchLabels": {"hat.dev/device": "true"}}}
     body = hat_deployment(name, edge=edge)
     extra = json.loads(around)
-    body["spec"] = {**body["spec"], **extra, "edge": {**edge, **extra.get("edge", {})}}
+    spec = {**body["spec"], **extra, "edge": {**edge, **extra.get("edge", {})}}
+    body["spec"] = {key: item for key, item in spec.items() if item is not None}
     body["metadata"]["namespace"] = home.namespace
     await home.cluster.create(body)
     body = await settled(home.cluster, None, home.namespace, name, 60)

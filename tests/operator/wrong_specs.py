@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.operator.manifests import REMOVED, changed, hat_deployment, two_clusters
+from tests.operator.manifests import REMOVED, changed, hat_deployment, token_mode, two_clusters
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Wrong:
 CLAIM = {"spec.model.source": {"claim": {"name": "weights"}}}
 SELECTOR = {"spec.edge": {"deviceSelector": {"matchLabels": {"site": "berlin"}}}}
 REMOTE = two_clusters()
+TOKENS = token_mode()
 
 WRONG = {
     # Names
@@ -38,7 +39,7 @@ WRONG = {
     "no-spec": Wrong({"spec": REMOVED}, ("spec: Required value",)),
     "no-model": Wrong({"spec.model": REMOVED}, ("spec.model: Required value",)),
     "no-source": Wrong({"spec.model": {}}, ("spec.model.source: Required value",)),
-    "no-split": Wrong({"spec.split": REMOVED}, ("spec.split: Required value",)),
+    "no-split": Wrong({"spec.split": REMOVED}, ("split: required in mode hat", "split.inputLayers")),
     "no-layers": Wrong({"spec.split": {}}, ("spec.split.inputLayers: Required value",)),
     "no-selector": Wrong({"spec.edge": {}}, ("spec.edge.deviceSelector: Required value",)),
     "no-labels": Wrong(
@@ -59,7 +60,6 @@ WRONG = {
     "type-suspend": Wrong({"spec.suspend": "yes"}, ("spec.suspend", "must be of type boolean")),
     # Choices
     "mode-unknown": Wrong({"spec.mode": "fast"}, ("spec.mode", '"fast"', '"hat"')),
-    "mode-picospec": Wrong({"spec.mode": "picospec"}, ("mode: picospec is not available", "write mode: hat")),
     "dtype": Wrong({"spec.model.dtype": "float16"}, ("spec.model.dtype", '"bfloat16", "float32"')),
     "drafter": Wrong(
         {"spec.speculation.drafter": "model"},
@@ -67,7 +67,7 @@ WRONG = {
     ),
     "sampler": Wrong(
         {"spec.speculation.sampler": "greedy"},
-        ("spec.speculation.sampler", '"greedy"', '"coupled", "rejection"'),
+        ("spec.speculation.sampler", '"greedy"', '"coupled", "rejection", "thinning", "topk"'),
     ),
     "chunk-mode": Wrong({"spec.chunking.mode": "balance"}, ("chunking.mode:", "write fixed")),
     "uplink": Wrong(
@@ -101,8 +101,8 @@ WRONG = {
     "chunk-tokens": Wrong(
         {"spec.chunking.tokens": 4097}, ("spec.chunking.tokens", "less than or equal to 4096")
     ),
-    "draft-zero": Wrong(
-        {"spec.speculation.maxDraft": 0}, ("spec.speculation.maxDraft", "0", "greater than or equal to 1")
+    "draft-negative": Wrong(
+        {"spec.speculation.maxDraft": -1}, ("spec.speculation.maxDraft", "-1", "greater than or equal to 0")
     ),
     "draft-long": Wrong(
         {"spec.speculation.maxDraft": 33}, ("spec.speculation.maxDraft", "33", "less than or equal to 32")
@@ -135,6 +135,88 @@ WRONG = {
         {"spec.edge.deletionTimeoutSeconds": 86401},
         ("spec.edge.deletionTimeoutSeconds", "less than or equal to 86400"),
         REMOTE,
+    ),
+    # Fields of the other mode
+    "hat-draft-zero": Wrong(
+        {"spec.speculation.maxDraft": 0}, ("speculation.maxDraft: at least 1 in mode hat", "drafter: none")
+    ),
+    "hat-draft-model": Wrong(
+        {"spec.speculation.draftModel": {"hub": "default"}},
+        ("speculation.draftModel: goes with mode: picospec only; remove it",),
+    ),
+    "hat-thinning": Wrong(
+        {"spec.speculation.sampler": "thinning"},
+        ("speculation.sampler: write coupled or rejection in mode hat",),
+    ),
+    "tokens-split": Wrong(
+        {"spec.split": {"inputLayers": 3}}, ("split: mode picospec cuts no model", "remove split"), TOKENS
+    ),
+    "tokens-of-mode-hat": Wrong({"spec.mode": "picospec"}, ("split: mode picospec cuts no model",)),
+    "tokens-weights": Wrong(
+        {"spec.edge.weights": {"claim": {"name": "part"}}},
+        ("edge.weights: in mode picospec devices hold the draft model only", "speculation.draftModel.claim"),
+        TOKENS,
+    ),
+    "tokens-drafter": Wrong(
+        {"spec.speculation.drafter": "none"},
+        ("speculation.drafter: in mode picospec the draft model drafts; remove drafter",),
+        TOKENS,
+    ),
+    "tokens-threshold": Wrong(
+        {"spec.speculation.stopThreshold": 0.5},
+        ("speculation.stopThreshold: goes with mode: hat only; remove it",),
+        TOKENS,
+    ),
+    "tokens-branches": Wrong(
+        {"spec.speculation.branches": 2}, ("speculation.branches: goes with mode: hat only",), TOKENS
+    ),
+    "tokens-rejection": Wrong(
+        {"spec.speculation.sampler": "rejection"},
+        ("speculation.sampler:", "coupled, thinning or topk in mode picospec"),
+        TOKENS,
+    ),
+    "tokens-many-drafts": Wrong(
+        {"spec.speculation": {"maxDraft": 17, "window": 4}},
+        ("speculation.maxDraft: maxDraft (4) times window (2) may be 64 at most",),
+        TOKENS,
+    ),
+    "tokens-wide-window": Wrong(
+        {"spec.speculation": {"maxDraft": 5, "window": 16}}, ("speculation.maxDraft:", "64"), TOKENS
+    ),
+    "tokens-chunks": Wrong(
+        {"spec.chunking.tokens": 64}, ("chunking.tokens: mode picospec sends token ids", "remove it"), TOKENS
+    ),
+    "tokens-uplink": Wrong(
+        {"spec.wire.uplink": "int8"}, ("wire.uplink and wire.uplinkDecode: mode picospec",), TOKENS
+    ),
+    "tokens-uplink-decode": Wrong(
+        {"spec.wire.uplinkDecode": "int8"}, ("wire.uplink and wire.uplinkDecode: mode picospec",), TOKENS
+    ),
+    "tokens-no-draft-model": Wrong(
+        {"spec.model.source.hub": "org/model"},
+        ("speculation.draftModel: HAT brings a draft model for model.source.hub: default only",),
+        TOKENS,
+    ),
+    "tokens-no-draft-model-of-claim": Wrong(
+        CLAIM, ("speculation.draftModel: HAT brings a draft model for",), TOKENS
+    ),
+    "draft-model-none": Wrong(
+        {"spec.speculation.draftModel": {}}, ("speculation.draftModel: write exactly one of",), TOKENS
+    ),
+    "draft-model-both": Wrong(
+        {"spec.speculation.draftModel": {"hub": "default", "claim": {"name": "drafts"}}},
+        ("speculation.draftModel: write exactly one of hub and claim",),
+        TOKENS,
+    ),
+    "draft-model-url": Wrong(
+        {"spec.speculation.draftModel": {"hub": "https://hub/a/b"}},
+        ("spec.speculation.draftModel.hub", "should match"),
+        TOKENS,
+    ),
+    "draft-model-path": Wrong(
+        {"spec.speculation.draftModel": {"claim": {"name": "drafts", "path": "/small"}}},
+        ("path: a folder inside the volume",),
+        TOKENS,
     ),
     # The model's source
     "source-none": Wrong({"spec.model.source": {}}, ("model.source: write exactly one of hub and claim",)),

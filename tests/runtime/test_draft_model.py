@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from hat_runtime.cli.main import main
 from hat_runtime.errors import ModelError, UsageError
-from hat_runtime.model.draft_model import build_draft_model, shipped_draft_model
-from hat_runtime.model.manifest import identity
+from hat_runtime.model.draft_model import build_draft_model, prepare_draft_model, shipped_draft_model
+from hat_runtime.model.manifest import identity, verify_files
+from hat_runtime.model.prepare import prepare
 from hat_runtime.model.tokenizer_id import tokenizer_id
 from tests.runtime.picospec_pair import Whole, picospec
 from tests.tiny_chat import make_tiny_chat_model
@@ -78,6 +80,40 @@ def test_what_cannot_be_built(target: Path, tiny_models: dict[str, Path], tmp_pa
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--draft-model is needed"):
         shipped_draft_model(target)
+
+
+@pytest.mark.default_model
+def test_the_draft_model_of_the_default_model_as_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `--part draft` writes is what a device would build on first use; a whole model there is replaced by it."""
+    out = prepare("default", tmp_path / "draft")
+    assert main(["model", "prepare", "default", "--part", "draft", "--out", str(out)]) == 0
+    assert f"{out}: draft of " in capsys.readouterr().out
+    written = verify_files(out, deep=True)
+    assert (written.num_layers, written.part.kind) == (4, "all")
+    assert written.weights_id == identity(shipped_draft_model(prepare("default"))).weights_id
+    assert tokenizer_id(out) == tokenizer_id(prepare("default")) != ""
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["org/model"], "no draft model comes with HAT for org/model"),
+        (["default", "--input-layers", "3"], "--input-layers 3 does not go with --part draft"),
+        (["default", "--dtype", "float32"], "--dtype float32 does not go with --part draft"),
+    ],
+    ids=["hub", "layers", "dtype"],
+)
+def test_no_draft_model_to_prepare(more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "prepare", *more, "--part", "draft"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_no_draft_model_comes_for_a_folder(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no draft model comes with HAT for"):
+        prepare_draft_model(str(target), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def _layer(file: Path) -> dict[str, torch.Tensor]:

@@ -49,14 +49,11 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     cloud = hat.spec.cloud
     image = cloud.image or settings.image("hat-cloud", names.runtime_version(hat, settings))
     path = "spec.cloud.resources"
-    files = pods.model_files(
-        hat,
-        "cloud",
-        image,
-        hat.spec.model.claim,
-        pods.resources(cloud.resources, path, DEFAULT_CPU, DEFAULT_MEMORY),
-    )
-    args = ["cloud", "serve", "--model", files.path, "--input-layers", str(hat.spec.input_layers)]
+    limits = pods.resources(cloud.resources, path, DEFAULT_CPU, DEFAULT_MEMORY)
+    files = pods.model_files(hat, hat.spec.model.claim, pods.prepared_part(hat, "cloud"), image, limits)
+    layers = hat.spec.input_layers
+    args = ["cloud", "serve", "--model", files.path]
+    args += ["--mode", "picospec"] if layers is None else ["--input-layers", str(layers)]
     args += ["--listen", f"0.0.0.0:{names.GRPC_PORT}", "--http-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
     args += ["--dtype", hat.spec.model.dtype, "--max-sessions", str(cloud.max_sessions)]
     args += ["--device", "cuda" if cloud.gpus else "cpu"]

@@ -85,11 +85,17 @@ def _has_jetson_twin(edge: Edge, image: EdgeImage) -> bool:
 def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str, Any]:
     path = "spec.edge.resources"
     limits = pods.resources(edge.resources, path, DEFAULT_CPU, DEFAULT_MEMORY)
-    files = pods.model_files(hat, "device", image, edge.weights, limits)
+    part = pods.prepared_part(hat, "device")
+    files = pods.model_files(hat, hat.spec.device_claim, part, image, limits)
+    picospec = hat.spec.mode == "picospec"
     args = ["device", "serve", "--model", files.path, "--cloud", endpoint]
-    args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}", "--chunk-tokens", str(hat.spec.chunk_tokens)]
+    args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}"]
+    args += [] if picospec else ["--chunk-tokens", str(hat.spec.chunk_tokens)]
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
-    args += [*_drafting(hat.spec.speculation), "--uplink-codec", _codecs(hat.spec.wire)]
+    if picospec:
+        args += ["--mode", "picospec", "--draft-model", files.path, *_speculating(hat.spec.speculation)]
+    else:
+        args += [*_drafting(hat.spec.speculation), "--uplink-codec", _codecs(hat.spec.wire)]
     args += ["--model-name", edge.api.model_name or hat.name]
     args += ["--grace", str(pods.ANSWER_S), "--log-format", "json", "--log-level", hat.spec.log_level]
     mounts, volumes = list(files.mounts), []
@@ -138,6 +144,12 @@ def _drafting(wanted: Speculation) -> list[str]:
     if wanted.window is not None:
         found += ["--window", str(wanted.window)]
     return found
+
+
+def _speculating(wanted: Speculation) -> list[str]:
+    """The options that mode picospec has of those."""
+    found = ["--max-draft", str(wanted.max_draft), "--sampler", wanted.sampler]
+    return found if wanted.window is None else [*found, "--window", str(wanted.window)]
 
 
 def _codecs(wire: Wire) -> str:

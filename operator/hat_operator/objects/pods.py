@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hat_operator.fields import SpecError
 from hat_operator.quantity import canonical
-from hat_operator.spec import Claim, HatDeployment, Quantities, Resources, SecretKey, Template
+from hat_operator.sources import Claim
+from hat_operator.spec import HatDeployment, Quantities, Resources, SecretKey, Template
 
 USER = 10001
 """User and group of the images' processes; not root."""
@@ -37,7 +38,7 @@ CONTAINER_SECURITY = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """How a pod comes to its part of the model."""
+    """How a pod comes to the model, or the part of it, that it runs."""
 
     path: str
     """Folder inside the container."""
@@ -78,16 +79,30 @@ def _canonical(quantities: Quantities, path: str) -> dict[str, str]:
     return found
 
 
+def prepared_part(hat: HatDeployment, part: str) -> list[str]:
+    """What `hat model prepare` is told to fetch of a model from a hub: `part` is cloud or device."""
+    model = hat.spec.model
+    source = model.hub or ""
+    if model.revision and source != "default":
+        source = f"{source}@{model.revision}"
+    if hat.spec.input_layers is not None:
+        return [source, "--part", part, "--input-layers", str(hat.spec.input_layers)]
+    if part == "cloud":
+        return [source]
+    draft = hat.spec.speculation.draft_model
+    return [source, "--part", "draft"] if draft is None else [draft.hub or ""]
+
+
 def model_files(
-    hat: HatDeployment, part: str, image: str, claim: Claim | None, limits: Mapping[str, Any]
+    hat: HatDeployment, claim: Claim | None, wanted: Sequence[str], image: str, limits: Mapping[str, Any]
 ) -> ModelFiles:
     """The claim's folder, or an init container that fetches what one side needs.
 
     Args:
-        hat: says which model.
-        part: cloud or device.
-        image: of the init container, the same as the pod's.
+        hat: has the hub's token.
         claim: where the model lies ready; None for a model that is fetched.
+        wanted: which that is (`prepared_part`).
+        image: of the init container, the same as the pod's.
         limits: resources of the init container.
     """
     if claim is not None:
@@ -95,23 +110,19 @@ def model_files(
         mount = {"name": "model", "mountPath": MODEL_FOLDER, "readOnly": True}
         path = posixpath.normpath(posixpath.join(MODEL_FOLDER, claim.path))
         return ModelFiles(path, [volume], [mount])
-    model = hat.spec.model
-    source = model.hub or ""
-    if model.revision and source != "default":
-        source = f"{source}@{model.revision}"
+    token = hat.spec.model.token
     volumes: list[dict[str, Any]] = [{"name": "model", "emptyDir": {}}]
     mounts: list[dict[str, Any]] = [{"name": "model", "mountPath": MODEL_FOLDER}]
     environment: dict[str, str] = {}
     secrets: list[dict[str, Any]] = []
-    if model.token is not None:
-        volumes.append(secret_volume("hub-token", model.token, "token"))
+    if token is not None:
+        volumes.append(secret_volume("hub-token", token, "token"))
         secrets.append({"name": "hub-token", "mountPath": TOKEN_FOLDER, "readOnly": True})
         environment["HF_TOKEN_PATH"] = f"{TOKEN_FOLDER}/token"
-    layers = str(hat.spec.input_layers)
     init = container(
         "prepare",
         image,
-        ["model", "prepare", source, "--part", part, "--input-layers", layers, "--out", PREPARED_FOLDER],
+        ["model", "prepare", *wanted, "--out", PREPARED_FOLDER],
         limits,
         [*mounts, *secrets],
         environment,

@@ -25,19 +25,17 @@ def cloud(hat: HatDeployment) -> dict[str, Any]:
 
 def edge(hat: HatDeployment, endpoints: Iterable[str]) -> dict[str, Any]:
     """The API from anywhere, and out to the cloud at `endpoints` (HOST:PORT; none while no one knows it)."""
-    spec = hat.spec.edge
     ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints} or {hat.spec.cloud.expose.port}
     if hat.spec.edge_cluster is None:
         # A policy sees the pod's port where the Service's address was already replaced by the pod's.
         ports.add(names.GRPC_PORT)
-    fetches = hat.spec.model.hub is not None and (spec is None or spec.weights is None)
     return _policy(
         hat,
         names.EDGE,
         names.edge(hat),
         names.edge_namespace(hat),
         [{"ports": [_tcp(names.DEVICE_PORT)]}],
-        _egress(ports, fetches),
+        _egress(ports, fetches=hat.spec.device_claim is None),
     )
 
 

@@ -13,6 +13,12 @@ CLAIM = {"claim": {"name": "c"}}
 WEIGHTS = {"weights": {"claim": {"name": "w"}}}
 
 
+def picospec(**draft_model: Any) -> dict[str, Any]:
+    """Around a field of mode picospec; None is a field of the smallest spec that is left out."""
+    model = {"source": {"hub": "default"}}
+    return {"mode": "picospec", "split": None, "model": model, "speculation": {"draftModel": draft_model}}
+
+
 # One changed value for every field of the spec, and what it takes around it.
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "suspend": (True, {}),
@@ -65,6 +71,9 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "edge.template.labels": ({"a": "b"}, {}),
     "edge.template.annotations": ({"a": "b"}, {}),
     "edge.template.priorityClassName": ("p", {}),
+    "speculation.draftModel.hub": ("org/other", picospec(hub="org/small")),
+    "speculation.draftModel.claim.name": ("other", picospec(claim={"name": "c"})),
+    "speculation.draftModel.claim.path": ("sub", picospec(claim={"name": "c"})),
     "speculation.drafter": ("none", {}),
     "speculation.maxDraft": (3, {}),
     "speculation.stopThreshold": (0.5, {}),
@@ -80,7 +89,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "observability.podMonitor": ("enabled", {}),
 }
 WITHOUT_OBJECTS = {
-    "mode": "one value in this version",
+    "mode": "changes together with split",
     "cloud.tensorParallel": "one value in this version",
     "cloud.accelerator.count": "follows from type: 0 or 1",
     "edge.clusterRef.kubeconfigSecretRef.name": "says where objects are sent, not what they are",

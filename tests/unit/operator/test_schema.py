@@ -74,6 +74,7 @@ def change(found: dict[str, Any], path: str, value: Any) -> None:
 
 
 CLUSTER = {"kubeconfigSecretRef": {"name": "k"}}
+PICOSPEC: dict[str, Any] = {"mode": "picospec", "split": None, "model": {"source": {"hub": "default"}}}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ CLUSTER = {"kubeconfigSecretRef": {"name": "k"}}
         ("model.source.hub", "no slash", 'spec.model.source.hub: "no slash": must match'),
         ("security.tls", False, "spec.security.tls: false: must be of type string; quote it"),
         ("security.tls", "mutual", "mutual TLS is not available"),
-        ("mode", "picospec", "picospec is not available"),
+        ("split", None, "split: required in mode hat; write split.inputLayers"),
         ("cloud.tensorParallel", 2, "spec.cloud.tensorParallel: 2: cloud.tensorParallel: more than one GPU"),
         ("cloud.accelerator.count", 1, "count is 0 for type none"),
         ("cloud.accelerator.type", "nvidia.com/gpu", "at least 1 for nvidia.com/gpu"),
@@ -115,13 +116,20 @@ CLUSTER = {"kubeconfigSecretRef": {"name": "k"}}
             'spec.speculation.drafter: "model": must be one of auto, none, ngram',
         ),
         ("speculation.maxDraft", 33, "spec.speculation.maxDraft: 33: must be at most 32"),
-        ("speculation.maxDraft", 0, "spec.speculation.maxDraft: 0: must be at least 1"),
+        ("speculation.maxDraft", -1, "spec.speculation.maxDraft: -1: must be at least 0"),
+        ("speculation.maxDraft", 0, "speculation.maxDraft: at least 1 in mode hat; write drafter: none"),
+        ("speculation.sampler", "topk", "speculation.sampler: write coupled or rejection in mode hat"),
+        (
+            "speculation.draftModel",
+            {"hub": "default"},
+            "speculation.draftModel: goes with mode: picospec only",
+        ),
         ("speculation.stopThreshold", 1.5, "spec.speculation.stopThreshold: 1.5: must be at most 1"),
         ("speculation.stopThreshold", "auto", 'stopThreshold: "auto": must be of type number'),
         ("speculation.window", 0, "spec.speculation.window: 0: must be at least 1"),
         ("speculation.window", "auto", 'spec.speculation.window: "auto": must be of type integer'),
         ("speculation.branches", 9, "spec.speculation.branches: 9: must be at most 8"),
-        ("speculation.sampler", "greedy", 'sampler: "greedy": must be one of coupled, rejection'),
+        ("speculation.sampler", "greedy", 'sampler: "greedy": must be one of coupled, rejection, thinning'),
         ("chunking.mode", "balance", "sizes that follow the link are not available"),
         ("wire.uplink", "raw", 'spec.wire.uplink: "raw": must be one of none, bf16, int8, int4'),
         ("wire.uplinkDecode", "int2", 'uplinkDecode: "int2": must be one of none, bf16, int8, int4'),
@@ -134,11 +142,78 @@ CLUSTER = {"kubeconfigSecretRef": {"name": "k"}}
     ],
 )
 def test_wrong_fields_are_named_with_their_value(path: str, value: Any, words: str) -> None:
-    found = body()
+    assert words in only_problem(body(), path, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("split", {"inputLayers": 3}, "split: mode picospec cuts no model"),
+        ("model.source", {"hub": "org/model"}, "speculation.draftModel: HAT brings a draft model for"),
+        ("model.source", {"claim": {"name": "w"}}, "speculation.draftModel: HAT brings a draft model for"),
+        (
+            "edge.weights",
+            {"claim": {"name": "w"}},
+            "edge.weights: in mode picospec devices hold the draft model",
+        ),
+        ("speculation.draftModel", {}, "speculation.draftModel: write exactly one of hub and claim"),
+        (
+            "speculation.draftModel",
+            {"hub": "default", "claim": {"name": "c"}},
+            "speculation.draftModel: write exactly one of hub and claim",
+        ),
+        ("speculation.draftModel", {"hub": "a@b"}, 'spec.speculation.draftModel.hub: "a@b": must match'),
+        ("speculation.draftModel", {"claim": {"name": "c", "path": "/m"}}, "without a leading /"),
+        ("speculation.drafter", "ngram", "speculation.drafter: in mode picospec the draft model drafts"),
+        ("speculation.stopThreshold", 0.5, "speculation.stopThreshold: goes with mode: hat only"),
+        ("speculation.branches", 2, "speculation.branches: goes with mode: hat only"),
+        ("speculation.sampler", "rejection", "coupled, thinning or topk in mode picospec"),
+        ("speculation.maxDraft", 33, "spec.speculation.maxDraft: 33: must be at most 32"),
+        ("speculation", {"maxDraft": 5, "window": 13}, "maxDraft (4) times window (2) may be 64 at most"),
+        ("chunking.tokens", 64, "chunking.tokens: mode picospec sends token ids"),
+        ("wire.uplink", "int8", "wire.uplink and wire.uplinkDecode: mode picospec sends token ids"),
+        ("wire.uplinkDecode", "bf16", "wire.uplink and wire.uplinkDecode: mode picospec sends token ids"),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_in_mode_picospec_is_refused(path: str, value: Any, words: str) -> None:
+    assert words in only_problem(body(**PICOSPEC), path, value)
+
+
+def only_problem(found: dict[str, Any], path: str, value: Any) -> str:
+    """What is wrong with an object once a field has a value; None removes it."""
     change(found["spec"], path, value)
-    wrong = problems(SCHEMA, apply_defaults(SCHEMA, found))
-    assert len(wrong) == 1
-    assert words in wrong[0]
+    if value is None and path == "split":
+        del found["spec"]["split"]
+    (wrong,) = problems(SCHEMA, apply_defaults(SCHEMA, found))
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        {},
+        {"maxDraft": 0},
+        {"maxDraft": 32, "window": 2},
+        {"maxDraft": 4, "window": 16},
+        {"window": 16},
+        {"sampler": "topk"},
+        {"sampler": "thinning"},
+        {"draftModel": {"hub": "org/small"}},
+    ],
+    ids=str,
+)
+def test_what_mode_picospec_takes(speculation: dict[str, Any]) -> None:
+    assert problems(SCHEMA, body(**PICOSPEC, speculation=speculation)) == []
+
+
+def test_any_model_goes_with_a_draft_model_and_without_devices() -> None:
+    source = {"source": {"claim": {"name": "w"}}}
+    named = body(**{**PICOSPEC, "model": source}, speculation={"draftModel": {"claim": {"name": "c"}}})
+    assert problems(SCHEMA, named) == []
+    alone = body(**{**PICOSPEC, "model": source})
+    del alone["spec"]["edge"]
+    assert problems(SCHEMA, alone) == []
 
 
 @pytest.mark.parametrize("name", ["a" * 41, "Chat", "1st", "ends-"])
@@ -150,5 +225,5 @@ def test_names_that_services_cannot_have(name: str) -> None:
 
 def test_all_problems_are_told_at_once() -> None:
     found = body(cloud={"replicas": -1, "maxSessions": 0})
-    del found["spec"]["split"]
+    del found["spec"]["split"]["inputLayers"]
     assert len(problems(SCHEMA, found)) == 3

@@ -1,0 +1,36 @@
+"""Where weights come from: a hub, or a folder inside a PersistentVolumeClaim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hat_operator.fields import Fields, SpecError
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder inside a PersistentVolumeClaim."""
+
+    name: str
+    path: str
+
+    @classmethod
+    def parse(cls, fields: Fields) -> Claim:
+        """Read a claim. Raises SpecError."""
+        return cls(fields.text("name"), fields.text("path"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Exactly one of hub and claim is set."""
+
+    hub: str | None
+    claim: Claim | None
+
+    @classmethod
+    def parse(cls, fields: Fields) -> Source:
+        """Read a source. Raises SpecError."""
+        hub, claim = fields.text("hub", ""), fields.optional("claim")
+        if bool(hub) == (claim is not None):
+            raise SpecError(fields.path, dict(fields.value), "write exactly one of hub and claim")
+        return cls(hub or None, None if claim is None else Claim.parse(claim))
