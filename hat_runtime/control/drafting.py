@@ -193,3 +193,48 @@ class Throttle:
             self._pause = min(LONGEST_PAUSE, 2 * self._pause)
         elif times.token_s < times.plain_s:
             self._pause = FIRST_PAUSE
+
+
+TRIAL_TOKENS = 24
+"""Tokens after which a way to decode is judged."""
+BETTER = 0.97
+"""A way on trial must take less than this much of the other's time, or it has lost."""
+FIRST_STAY, LONGEST_STAY = 48, 768
+"""Tokens before the slower way is tried again; doubles each time that it lost."""
+
+
+@dataclass
+class Pace:
+    """Which of two ways to decode is faster, with drafts or without, where both can be tried (token mode).
+
+    What is compared was measured and not estimated: seconds a token, over all answers of the device. The slower way is
+    tried ever more seldom.
+    """
+
+    drafting: bool = True
+    _on_trial: bool = False
+    _left: int = TRIAL_TOKENS
+    _stay: int = FIRST_STAY // 2
+    _spent_s: float = 0.0
+    _tokens: int = 0
+    _other_s: float = 0.0
+    """Seconds a token of the other way."""
+
+    def saw(self, seconds: float, tokens: int = 1) -> None:
+        """`tokens` came `seconds` after the one before them, by the present way."""
+        self._spent_s += seconds
+        self._tokens += tokens
+        if self._tokens < self._left:
+            return
+        now_s = self._spent_s / self._tokens
+        self._spent_s, self._tokens = 0.0, 0
+        if not self._on_trial:
+            self._turn(now_s, TRIAL_TOKENS, on_trial=True)
+        elif now_s < BETTER * self._other_s:
+            self._on_trial, self._left, self._stay = False, FIRST_STAY, FIRST_STAY
+        else:
+            self._stay = min(LONGEST_STAY, 2 * self._stay)
+            self._turn(now_s, self._stay, on_trial=False)
+
+    def _turn(self, now_s: float, tokens: int, *, on_trial: bool) -> None:
+        self.drafting, self._other_s, self._left, self._on_trial = not self.drafting, now_s, tokens, on_trial

@@ -83,6 +83,8 @@ class TokenAnswer(TokenUplink):
             return False
         if config.window == 1 and self._sent > self.settled:
             return False
+        if config.adaptive and self._cloud_goes_on and not self._pace.drafting:
+            return False
         if not self._in_cloud and self.settled == len(self.request.prompt_ids):
             return False  # the first token is drawn in the cloud, whatever was drafted
         if any(token in self.request.stop_ids for token in self.text[self.settled :]):

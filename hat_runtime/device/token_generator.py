@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+from hat_runtime.control.drafting import Pace
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.request import (
@@ -34,6 +35,7 @@ class TokenGenerator(Generator):
         """Use `connect_tokens` unless model and link exist already."""
         super().__init__(model, link, binding, config)
         self.speculation = speculation or SpeculationConfig()
+        self.pace = Pace()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See Generator.generate."""
@@ -73,4 +75,5 @@ class TokenGenerator(Generator):
             chunk=1,  # ids are not cut into chunks: the cloud's passes are
             max_evictions=self.config.max_evictions,
             speculation=self.speculation,
+            pace=self.pace,
         )

@@ -8,9 +8,11 @@ harm.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from hat_runtime.control.drafting import Pace
 from hat_runtime.device.answer import Answer
 from hat_runtime.device.steps import LAST, NONE, StepResult
 from hat_runtime.device.token_drafting import Draft
@@ -42,6 +44,8 @@ class SpeculationConfig:
     ahead: int | None = None
     """Tokens that the cloud runs by itself while it has no drafts to judge; 1 is the paper's pre-verify of a
     correction. None: as many as are wanted, but none where it must wait for a device that waits for it (window 1)."""
+    adaptive: bool = True
+    """Stop drafting where the cloud is faster alone."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,16 @@ class _Sent:
 class TokenUplink(Answer):
     """Sends the text, and settles or cuts it by what the cloud says."""
 
-    def __init__(self, *args: Any, speculation: SpeculationConfig, **fields: Any) -> None:
+    def __init__(self, *args: Any, speculation: SpeculationConfig, pace: Pace, **fields: Any) -> None:
         super().__init__(*args, **fields)
         self._config = speculation
+        self._pace = pace
+        self._settled_s = 0.0  # time.monotonic() of the newest settled token; 0: none yet
         params, new = self.request.sampling, self.request.max_new_tokens
         plain = speculation.max_draft == 0
         self._sampler = COUPLED if plain else speculation.sampler
         self._in_cloud = self._sampler == COUPLED or params.temperature == 0.0
-        self._ahead = self._own_tokens(plain, new)
+        self._ahead = new - 1 if self._cloud_goes_on else speculation.ahead or 0
         self._step_drafts = speculation.step_drafts or max(1, speculation.max_draft)
         if (
             speculation.window == 1
@@ -85,11 +91,11 @@ class TokenUplink(Answer):
         self._broken: BaseException | None = None
         self._wake, self._may_draft_again = asyncio.Event(), asyncio.Event()
 
-    def _own_tokens(self, plain: bool, new: int) -> int:
-        ahead = self._config.ahead
-        if plain or (ahead is None and self._config.window > 1 and self._in_cloud):
-            return new - 1
-        return ahead or 0
+    @property
+    def _cloud_goes_on(self) -> bool:
+        """The cloud decodes by itself whenever there is nothing to judge: the text comes without drafts as well."""
+        config = self._config
+        return config.max_draft == 0 or (config.ahead is None and config.window > 1 and self._in_cloud)
 
     @property
     def _finished(self) -> bool:
@@ -208,8 +214,15 @@ class TokenUplink(Answer):
             self._cut(position)
             self.text.append(token)
             self.settled += 1
+        self._note_pace()
         self._wake.set()
         self._may_draft_again.set()
+
+    def _note_pace(self) -> None:
+        now = time.monotonic()
+        if self._settled_s and self._cloud_goes_on:
+            self._pace.saw(now - self._settled_s)
+        self._settled_s = now
 
     def _cut(self, position: int) -> None:
         """Drop the text from `position` on; what of it is under way is of no interest any more."""

@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hat_runtime.control.drafting import (
+    BETTER,
     FIRST_PAUSE,
     LONGEST_PAUSE,
+    LONGEST_STAY,
     OFF_ABOVE,
     PRIOR,
     PROBE_ROUNDS,
+    TRIAL_TOKENS,
     Calibration,
+    Pace,
     RoundTimes,
     StopRule,
     Throttle,
@@ -225,3 +229,36 @@ class TestThrottle:
         for _ in range(50):
             throttle.after_round(RoundTimes())
         assert throttle.drafting
+
+
+class TestPace:
+    """Drafting or not, by what both took."""
+
+    @staticmethod
+    def spend(pace: Pace, tokens: int, drafting_s: float, plain_s: float) -> int:
+        """How many of the tokens came with drafting."""
+        drafted = 0
+        for _ in range(tokens):
+            drafted += pace.drafting
+            pace.saw(drafting_s if pace.drafting else plain_s)
+        return drafted
+
+    @given(seconds, seconds)
+    def test_nearly_all_tokens_come_the_faster_way(self, drafting_s: float, plain_s: float) -> None:
+        pace = Pace()
+        drafted = self.spend(pace, 10_000, drafting_s, plain_s)
+        if drafting_s < BETTER * plain_s:
+            assert drafted > 9_000
+        elif plain_s < BETTER * drafting_s:
+            assert drafted < 1_000
+
+    def test_it_follows_what_changes(self) -> None:
+        pace = Pace()
+        self.spend(pace, 5_000, 1.0, 2.0)
+        self.spend(pace, LONGEST_STAY + TRIAL_TOKENS, 2.0, 1.0)
+        assert self.spend(pace, 40, 2.0, 1.0) == 0
+
+    def test_where_both_take_the_same_it_does_not_waver(self) -> None:
+        pace = Pace()
+        self.spend(pace, 200, 1.0, 1.0)
+        assert self.spend(pace, 10_000, 1.0, 1.0) > 9_000
