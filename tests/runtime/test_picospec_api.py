@@ -13,12 +13,16 @@ import pytest
 from hat_runtime.cloud.serve import CloudConfig, running_cloud
 from hat_runtime.device.chat import PromptEncoder
 from hat_runtime.device.sampling import SamplingParams
+from hat_runtime.device.token_answer import SpeculationConfig
 from hat_runtime.errors import CloudUnavailable
 from hat_runtime.model.hf import load_tokenizer
 from tests.runtime.api_pair import MODEL, Pair, cloud_config, device_for
 from tests.runtime.picospec_pair import Whole, perturbed, picospec
 from tests.runtime.test_generator import make_prompts
 from tests.tiny_chat import make_tiny_chat_model
+
+WAITING = SpeculationConfig(ahead=1, adaptive=False)
+"""The cloud waits for drafts, which a tiny model's own decoding would overtake."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def draft(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def pair(folder: Path, draft: Path) -> AsyncIterator[Pair]:
     async with (
         running_cloud(cloud_config(folder, mode="picospec", input_layers=None)) as cloud,
-        device_for(cloud, folder, mode="picospec", draft_model=draft) as pair,
+        device_for(cloud, folder, mode="picospec", draft_model=draft, speculation=WAITING) as pair,
     ):
         yield pair
         await pair.all_free()
@@ -82,7 +86,6 @@ async def test_chat_and_readiness(pair: Pair) -> None:
 
 async def test_a_cloud_that_goes_away_ends_the_answer(tiny_llama: Path) -> None:
     from hat_runtime.device.generator import GenerationRequest
-    from hat_runtime.device.token_answer import SpeculationConfig
     from hat_runtime.device.token_connect import connect_tokens
 
     prompt = make_prompts(1)[0]

@@ -94,7 +94,7 @@ async def answers(
     """Shares of all texts among `count` answers, [10**NEW], and the share of accepted drafts."""
     seen = np.zeros(VOCABULARY**NEW)
     requests = []
-    speculation = SpeculationConfig(max_draft=2, window=2, sampler=sampler)
+    speculation = SpeculationConfig(max_draft=2, window=2, sampler=sampler, ahead=1, adaptive=False)
     config = GeneratorConfig(max_idle_conversations=AT_ONCE, min_reuse_tokens=3)
     seeds = iter(range(seed, seed + count))
     async with picospec(target, draft, speculation, config=config, max_sessions=2 * AT_ONCE, top_k=K) as (

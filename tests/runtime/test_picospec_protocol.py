@@ -138,6 +138,27 @@ async def test_the_correction_is_run_before_the_device_answers(cloud: RunningClo
         assert (result.compute_us, result.batch_tokens) == (0, 0)
 
 
+async def test_the_cloud_decodes_no_further_than_the_text_goes(cloud: RunningCloud, text: list[int]) -> None:
+    async with channel_to(cloud) as stub:
+        session = await opened(stub, cloud)
+        await session.send(first({"ahead": 50, "end": 9}))
+        assert (await session.result()).verdict.next == text[0]
+        while len(session.notices) < 2:
+            message = await session.call.read()
+            session.notices.append(message.notice)
+        await cloud.engine.idle()
+        before = await rows(cloud)
+        # The last token is known, and only its own row was not run.
+        await session.send(step(6, text[:3], 2))
+        verdict = (await session.result()).verdict
+        assert verdict.accepted == 2
+        assert [(n.decoded.start_pos, list(n.decoded.ids)) for n in session.notices] == [
+            (7, [text[1]]),
+            (8, [text[2]]),
+        ]
+        assert await rows(cloud) == before + 1
+
+
 async def test_draws_can_be_asked_for_again(cloud: RunningCloud) -> None:
     thinning = {"sampler": "thinning", "temperature": 1.0}
     async with channel_to(cloud) as stub:
