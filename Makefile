@@ -160,6 +160,10 @@ full-stress: $(STAMP)  ## 32 sessions, a third of them cancelled; leaks
 full-distribution: $(STAMP)  ## sampled texts distributed as the target's, 100,000 answers with every drafter
 	@$(BIN)/python -m pytest tests/runtime/test_rejection_distribution.py -m long -s $(ARGS)
 
+.PHONY: full-speculation-faults
+full-speculation-faults: $(STAMP)  ## stalls, cuts and slow spells of the link while drafts are under way, 60 at random moments
+	@$(BIN)/python -m pytest tests/runtime -m long -k faults -s $(ARGS)
+
 .PHONY: full-fuzz
 full-fuzz: $(STAMP)  ## random and mutated messages against a live server
 	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)

@@ -23,10 +23,13 @@ from hat_runtime.device.request import GenerationRequest
 from hat_runtime.device.session import CloudSession
 from hat_runtime.device.steps import ALL, LAST, NONE, StepResult, Want
 from hat_runtime.device.submodels import DeviceFull, DeviceModel
-from hat_runtime.errors import CloudOverloaded, CloudUnavailable
+from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HatError
 from hat_runtime.model.pages import PagedSequence
 
 T = TypeVar("T")
+
+_SETTLE_S = 0.05
+"""From the end of a session to the next one: for a moment gRPC opens streams on the connection that broke."""
 
 
 @dataclass(frozen=True)
@@ -159,14 +162,18 @@ class Answer:
     def send(self) -> None:
         """Send the shallow states of the newest certain token, and of the drafts behind it, that were not sent.
 
-        Raises:
-            CloudUnavailable: the session has ended.
+        If the session has ended, `next_deep` deals with it.
         """
         spec = self._spec
         first = max(self._sent_end, len(spec.tokens) - 1)
         rows = spec.hidden[first - (len(spec.tokens) - 1) :]
         hidden = rows[0] if len(rows) == 1 else torch.cat(rows)
-        future = self._submit(first, hidden, ALL)
+        try:
+            future = self._submit(first, hidden, ALL)
+        except HatError as error:  # not raised here: the caller has not been told of the newest tokens yet
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
+            future.exception()  # whoever waits gets it; nobody waiting is no mistake
         self._sent_end = first + len(rows)
         self._in_flight.append(_Round(future, time.monotonic(), alone=not self._in_flight))
 
@@ -332,7 +339,7 @@ class Answer:
         ):  # our own idle sessions may be what fills the cloud
             wait_s = 0.05
         elif not overloaded and not self._fresh and not self.request.stats.rounds:  # ended while it was idle
-            wait_s = 0.0
+            wait_s = _SETTLE_S
         else:
             raise error
         self._count_eviction()

@@ -21,6 +21,12 @@ from hat_runtime.emulation.link import emulated_link
 from hat_runtime.emulation.spec import LinkSpec
 
 
+def cloud_config(model: Path, **fields: Any) -> CloudConfig:
+    return CloudConfig(
+        model, **({"mode": "picospec", "dtype": "float32", "kv_pages": 512, "drain_s": 0.1} | fields)
+    )
+
+
 @asynccontextmanager
 async def picospec(
     target: Path,
@@ -33,8 +39,7 @@ async def picospec(
     **cloud: Any,
 ) -> AsyncIterator[tuple[TokenGenerator, RunningCloud]]:
     """Both sides, with or without a slow link. On the way out no page, session or worker is left over."""
-    fields = {"mode": "picospec", "dtype": "float32", "kv_pages": 512, "drain_s": 0.1} | cloud
-    async with running_cloud(CloudConfig(target, **fields)) as running:
+    async with running_cloud(cloud_config(target, **cloud)) as running:
         if link is None:
             async with device(target, draft, running, running.address, speculation, config, kv_tokens) as one:
                 yield one, running

@@ -25,7 +25,7 @@ from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire.codec import CODECS, CodecChoice, codec_named
 from tests.runtime.raw_client import LocalSplit, channel_to, open_session, states
-from tests.runtime.test_protocol_versions import relay
+from tests.runtime.relay import relay
 
 TEXT = torch.randint(3, 199, (90,), generator=torch.Generator().manual_seed(5))
 MIXED = CodecChoice("int4", "int8")
@@ -216,7 +216,7 @@ def earlier_cloud(message: Message) -> Iterator[bytes]:
 async def test_a_codec_that_the_cloud_lacks_is_refused_at_connect(
     tiny_llama: Path, codecs: CodecChoice
 ) -> None:
-    async with cloud_of(tiny_llama) as cloud, relay(cloud, earlier_cloud) as address:
+    async with cloud_of(tiny_llama) as cloud, relay(cloud.address, earlier_cloud) as address:
         with pytest.raises(HandshakeError) as refused:
             await connect(tiny_llama, address, "float32", codecs=codecs)
         assert "codec differs: " in str(refused.value)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 import torch
 from google.protobuf.message import Message
 from transformers import AutoModelForCausalLM
 
-from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
+from hat_runtime.cloud.serve import CloudConfig, running_cloud
 from hat_runtime.device.connect import connect
 from hat_runtime.device.request import GenerationRequest
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-
-Rewrite = Callable[[Message], Iterator[bytes]]
+from tests.runtime.relay import Rewrite, relay
 
 UNKNOWN = b"\xf8\x7c\x07" + b"\x82\x7d\x03new"
 """Field 1999 as a varint, field 2000 as bytes."""
@@ -66,48 +62,6 @@ def earlier(message: Message) -> Iterator[bytes]:
     yield message.SerializeToString()
 
 
-class Relay(grpc.GenericRpcHandler):
-    """hat.v1.Runtime that forwards to another one and rewrites every message on the way."""
-
-    def __init__(self, channel: grpc.aio.Channel, rewrite: Rewrite) -> None:
-        self._describe: Any = channel.unary_unary("/hat.v1.Runtime/Describe")
-        self._session: Any = channel.stream_stream("/hat.v1.Runtime/Session")
-        self._rewrite = rewrite
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        if handler_call_details.method.endswith("/Describe"):
-            return grpc.unary_unary_rpc_method_handler(self._forward_describe)
-        return grpc.stream_stream_rpc_method_handler(self._forward_session)
-
-    async def _forward_describe(self, request: bytes, context: Any) -> bytes:
-        asked = next(self._rewrite(pb.DescribeRequest.FromString(request)))
-        return next(self._rewrite(pb.DescribeReply.FromString(await self._describe(asked))))
-
-    async def _forward_session(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        async def rewritten() -> AsyncIterator[bytes]:
-            async for request in requests:
-                for message in self._rewrite(pb.DeviceMessage.FromString(request)):
-                    yield message
-
-        async for reply in self._session(rewritten()):
-            for message in self._rewrite(pb.CloudMessage.FromString(reply)):
-                yield message
-
-
-@asynccontextmanager
-async def relay(cloud: RunningCloud, rewrite: Rewrite) -> AsyncIterator[str]:
-    """The address of a relay to the cloud."""
-    async with grpc.aio.insecure_channel(cloud.address) as channel:
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers((Relay(channel, rewrite),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            await server.stop(0)
-
-
 @pytest.mark.parametrize("rewrite", [later, earlier])
 async def test_other_minor_versions_work_together(tiny_llama: Path, rewrite: Rewrite) -> None:
     prompt = list(range(5, 75))
@@ -116,7 +70,7 @@ async def test_other_minor_versions_work_together(tiny_llama: Path, rewrite: Rew
         0, len(prompt) :
     ].tolist()
     small = CloudConfig(tiny_llama, input_layers=2, dtype="float32", kv_bytes=16 << 20, drain_s=0.1)
-    async with running_cloud(small) as cloud, relay(cloud, rewrite) as address:
+    async with running_cloud(small) as cloud, relay(cloud.address, rewrite) as address:
         generator = await connect(tiny_llama, address, "float32")
         try:
             request = GenerationRequest(

@@ -3,75 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
-from hat_runtime.device.connect import connect
-from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.policy import DraftConfig
 from hat_runtime.device.sampling import SamplingParams
-from hat_runtime.emulation.link import emulated_link
-from hat_runtime.emulation.spec import LinkSpec
+from tests.runtime.speculating import speculating
 from tests.runtime.test_generator import Reference, answer, ask, ids, make_prompts
-from tests.tiny_drafters import INPUT_LAYERS, perturbed, train_tiny_drafters
 
 DRAFTERS = ("ngram", "adapter", "feature", "hybrid", "model")
 WINDOWS = (1, 2, None)
 BRANCHES = (1, 3)
-
-
-@pytest.fixture(scope="module")
-def drafters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What --drafter is given, by kind."""
-    folder = tmp_path_factory.mktemp("drafters")
-    trained = train_tiny_drafters(tiny_llama, folder / "trained", ("adapter", "feature"))
-    files = {kind: next(trained.glob(f"*-{kind}.safetensors")) for kind in ("adapter", "feature")}
-    return {
-        "none": "none",
-        "ngram": "ngram",
-        "adapter": f"adapter:{files['adapter']}",
-        "feature": f"feature:{files['feature']}",
-        "hybrid": f"hybrid:{files['feature']}",
-        "model": f"model:{perturbed(tiny_llama, folder / 'perturbed', 0.02)}",
-        "itself": f"model:{tiny_llama}",
-    }
-
-
-@asynccontextmanager
-async def speculating(
-    model: Path, drafter: str, config: DraftConfig, link: str = "", **device: Any
-) -> AsyncIterator[tuple[Generator, RunningCloud]]:
-    """Both sides, over an emulated link if one is named. On the way out no page is left over on either side."""
-    cloud_config = CloudConfig(
-        model, INPUT_LAYERS, dtype="float32", kv_bytes=64 << 20, drain_s=0.1, page_tokens=4
-    )
-    async with running_cloud(cloud_config) as cloud:
-        with emulated_link(cloud.address, LinkSpec.parse(link or "10gbit,0ms")) as emulated:
-            generator = await connect(
-                model,
-                emulated.address if link else cloud.address,
-                "float32",
-                config=GeneratorConfig(chunk_tokens=32, drafting=config),
-                drafter=drafter,
-                page_tokens=4,
-                **({"kv_tokens": 4096} | device),
-            )
-            try:
-                yield generator, cloud
-                generator.conversations.clear()
-                await generator.model.call(lambda: generator.model.cache.check([]))
-            finally:
-                await generator.close()
-            async with asyncio.timeout(10):
-                while cloud.engine.runner.cache.free_pages < cloud.engine.runner.cache.num_pages:
-                    await asyncio.sleep(0.01)
-            await cloud.engine.idle()
 
 
 @pytest.fixture(scope="module")

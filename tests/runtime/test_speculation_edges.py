@@ -14,8 +14,8 @@ from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import GeneratorConfig
 from hat_runtime.device.policy import DraftConfig
 from tests.lockstep import check_drafter
+from tests.runtime.speculating import speculating
 from tests.runtime.test_generator import Reference, answer, ask, ids, make_prompts
-from tests.runtime.test_speculation import speculating
 from tests.tiny_drafters import INPUT_LAYERS, perturbed
 
 EAGER = DraftConfig(6, stop_threshold=0.0, adaptive=False)
