@@ -117,6 +117,9 @@ class TokenEngine(Engine):
         """Take over the rows up to `last` of a Step; the index of the first id that is refused, if one is."""
         state, tokens = session.tokens, _tokens(work)
         first, work.done = work.done, last
+        # A Step that shares a pass with the one before it: what its first draft must be, is known only now.
+        if first == 0 and not tokens.given and not _stands(session, work, 0):
+            return 0
         for index in range(first, last):
             if not _asked(work, index):
                 continue

@@ -159,6 +159,34 @@ async def test_the_cloud_decodes_no_further_than_the_text_goes(cloud: RunningClo
         assert await rows(cloud) == before + 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_the_first_draft_is_judged_in_a_pass_with_the_step_before_it(
+    cloud: RunningCloud, tiny_llama: Path, temperature: float
+) -> None:
+    """Behind a long prompt both wait, and share a pass: what the draft must be, is known only in the middle of it."""
+    prompt = (PROMPT * 50)[:250]
+    sampling = {"sampler": "thinning", "temperature": temperature}
+    right = Whole(tiny_llama).decode(prompt, 1)[0]
+    draft = [(right + 1) % 199, 4, 4]
+    q = {"q": [1.0] * len(draft)} if temperature else {}
+    async with channel_to(cloud) as stub:
+        for _ in range(20):
+            session = await opened(stub, cloud)
+            chosen = pb.Sampling(**(SAMPLING | sampling))
+            await session.send(step(0, prompt[:-1], tokens={"sampling": chosen}, want=pb.WANT_NONE))
+            await session.send(step(249, prompt[-1:]))
+            await session.send(step(250, draft, len(draft), tokens=q))
+            _, before, judged = [await session.result() for _ in range(3)]
+            session.call.cancel()
+            # Above temperature 0: it claims to be certain, and is one of 199 tokens.
+            assert (judged.verdict.refused, judged.verdict.accepted) == (True, 0)
+            if not temperature:
+                assert before.verdict.next == judged.verdict.next == right
+            if before.batch_tokens == judged.batch_tokens > 3:
+                return
+    raise AssertionError("the two Steps never shared a pass")
+
+
 async def test_draws_can_be_asked_for_again(cloud: RunningCloud) -> None:
     thinning = {"sampler": "thinning", "temperature": 1.0}
     async with channel_to(cloud) as stub:
