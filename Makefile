@@ -112,6 +112,7 @@ full-exactness: $(STAMP)  ## token ids equal to the whole model's, 40 Spec-Bench
 
 .PHONY: full-drafting-exactness
 full-drafting-exactness: $(STAMP)  ## the same with every drafter over slow links, 40 Spec-Bench and 20 HumanEval prompts
+	@$(BIN)/python -m pytest tests/runtime/test_speculation.py -m long -k whole_grid
 	@$(BIN)/python benchmarks/exactness.py --drafting $(ARGS)
 
 .PHONY: full-split-overhead

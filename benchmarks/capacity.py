@@ -42,6 +42,7 @@ from common import (
 
 from hat_runtime.cli.options import add_dtype
 from hat_runtime.cli.processes import Children, exits_on_sigterm, free_address, hat_command
+from hat_runtime.data import read_prompts
 from hat_runtime.device.chat import PromptEncoder
 from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import GenerationRequest, GeneratorConfig
@@ -110,7 +111,7 @@ def main() -> int:
         serving = children.start("cloud", command, cores=cloud)
         serving.wait_ready(f"http://{http}/readyz")
         for drafts in (False, True):
-            progress(f"recording {args.prompts} answers {'with' if drafts else 'without'} drafts")
+            progress(f"recording {args.limit} answers {'with' if drafts else 'without'} drafts")
             binding, recordings = asyncio.run(_record(args, folder, address, drafts))
             asyncio.run(_load(address, binding, recordings[:1], 1))  # the first time everything is slow
             for sessions in args.sessions:
@@ -137,7 +138,7 @@ async def _record(
     generator = await connect(folder, address, args.dtype, config=config, drafter=drafter)
     recordings = []
     try:
-        for ids in _prompts(folder, args.prompts):
+        for ids in _prompts(folder, args):
             recording = Recording()
             request = GenerationRequest(ids, args.max_new_tokens)
             with _noting(recording):
@@ -149,10 +150,10 @@ async def _record(
         await generator.close()
 
 
-def _prompts(folder: Path, count: int) -> list[list[int]]:
+def _prompts(folder: Path, args: argparse.Namespace) -> list[list[int]]:
     encoder = PromptEncoder(load_tokenizer(folder))
-    prompts = data_prompts("spec_bench.jsonl")
-    chosen = prompts[:: max(1, len(prompts) // count)][:count]
+    prompts = read_prompts(args.prompts) if args.prompts else data_prompts("spec_bench.jsonl")
+    chosen = prompts[:: max(1, len(prompts) // args.limit)][: args.limit]
     encoded = [encoder.encode_chat([{"role": "user", "content": prompt.text}]) for prompt in chosen]
     return [ids[-MOST_PROMPT_TOKENS:] for ids in encoded]
 
@@ -279,8 +280,9 @@ def served_at(rows: Sequence[Row], drafts: bool, target_s: float) -> int:
 
 
 def _about(args: argparse.Namespace) -> str:
+    file = args.prompts.name if args.prompts else "Spec-Bench"
     return f"""
-{args.prompts} Spec-Bench prompts, greedy answers of at most {args.max_new_tokens} tokens, {args.dtype}; drafter
+{args.limit} prompts of {file}, greedy answers of at most {args.max_new_tokens} tokens, {args.dtype}; drafter
 {args.drafter}, gamma {GAMMA}, eta {ETA}. The cloud has one core; a load generator on another core replays what a device
 sent for these prompts (shallow states, wrong drafts included), {args.answers} answers a session one after the other,
 and sends a Step as soon as the Result before it is there. So the cloud never waits for devices or links, and every
@@ -292,7 +294,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=16, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE.jsonl", help="default: spec_bench.jsonl in $HAT_DATA"
+    )
+    parser.add_argument("--limit", type=int, default=16, metavar="N", help="prompts (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default %(default)s")
     parser.add_argument(
         "--sessions",
@@ -317,7 +322,7 @@ def _arguments() -> argparse.Namespace:
     add_dtype(parser)
     args = parser.parse_args()
     if args.short:
-        args.prompts, args.max_new_tokens, args.sessions, args.answers = 4, 24, [1, 4], 1
+        args.limit, args.max_new_tokens, args.sessions, args.answers = 4, 24, [1, 4], 1
     elif args.out is None:
         args.out = REPORTS / "capacity.md"
     return args

@@ -49,6 +49,33 @@ def data_prompts(file: str) -> list[Prompt]:
     return read_prompts(Path(folder) / file)
 
 
+def bench_report_sets(
+    suite: str, sets: Sequence[str], title: str, about: str, name: str, short: Sequence[str]
+) -> None:
+    """`hat bench` with this script's options on files of the folder HAT_DATA; writes docs/benchmarks/NAME.*.
+
+    With --short it writes nothing, and `short` are the options.
+    """
+    from hat_runtime.cli.bench.command import measured
+    from hat_runtime.cli.main import build_parser
+
+    folder = os.environ.get("HAT_DATA")
+    if not folder:
+        raise UsageError("set HAT_DATA to the folder of the report sets (benchmarks/fetch_data.py fills one)")
+    options = ["--suite", suite, *(option for option in sys.argv[1:] if option != "--short")]
+    if "--short" in sys.argv:
+        options += short
+    for file in sets:
+        options += ["--prompts", str(Path(folder) / f"{file}.jsonl")]
+    warn_if_busy()
+    seen_on = facts(model_folder(None))
+    outcome = measured(build_parser().parse_args(["bench", *options]))
+    print(outcome.markdown)
+    if "--short" not in sys.argv:
+        plot = f"\n\n![the same as a plot]({name}.svg)"
+        outcome.write(REPORTS / f"{name}.md", report(title, about, seen_on, outcome.markdown + plot))
+
+
 def one_core_each() -> tuple[frozenset[int], frozenset[int]]:
     """A processor core for the device and another for the cloud."""
     cores = sorted(os.sched_getaffinity(0))

@@ -11,8 +11,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import cast
 
+from hat_runtime.device.drafting.ngram import lookup
 from hat_runtime.device.request import LENGTH, STOP
-from hat_runtime.device.token_drafting import DraftModel
+from hat_runtime.device.token_drafting import MODEL, TRUST, Draft, DraftModel
 from hat_runtime.device.token_uplink import SpeculationConfig, TokenUplink
 
 __all__ = ["SpeculationConfig", "TokenAnswer"]
@@ -100,7 +101,10 @@ class TokenAnswer(TokenUplink):
                 if len(self.text) - self._drafted > PREFILL_TOKENS:
                     await self._draft_once(proposes=False)
                 elif self._may_draft():
-                    await self._draft_once(proposes=True)
+                    if (copied := self._copied()) is not None:
+                        self._append(copied)
+                    else:
+                        await self._draft_once(proposes=True)
                     self._flush(force=not self._may_draft())
                 else:
                     self._may_draft_again.clear()
@@ -108,6 +112,24 @@ class TokenAnswer(TokenUplink):
         except Exception as error:
             self._broken = error
             self._wake.set()
+
+    def _copied(self) -> Draft | None:
+        """What followed the last tokens before, where that is right more often than the draft model."""
+        if not self._in_cloud:
+            return None  # other samplers need a distribution
+        found = lookup(self.text, with_proposal=False)
+        if found is None:
+            return None
+        rate = self._calibration.rate
+        if rate(found.source, found.confidence) <= rate(MODEL, TRUST):
+            return None
+        return Draft(found.token, source=found.source, confidence=found.confidence)
+
+    def _append(self, draft: Draft) -> None:
+        self._drafts[len(self.text)] = draft
+        self.text.append(draft.token)
+        self.request.stats.draft_tokens += 1
+        self._link.metrics.draft_tokens.inc()
 
     async def _draft_once(self, *, proposes: bool) -> None:
         start, branch = self._drafted, self._branch
@@ -129,7 +151,4 @@ class TokenAnswer(TokenUplink):
         if branch != self._branch or position != len(self.text) or not self._may_draft():
             self._drafted = min(self._drafted, len(self.text) - 1)
             return
-        self.text.append(draft.token)
-        self._drafts[position] = draft
-        self.request.stats.draft_tokens += 1
-        self._link.metrics.draft_tokens.inc()
+        self._append(draft)

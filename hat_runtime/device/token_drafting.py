@@ -20,6 +20,10 @@ from hat_runtime.model.pages import PagedSequence
 from hat_runtime.model.sampling import SamplingParams, probabilities, sample, stream_seed
 from hat_runtime.model.speculation import DRAFT_STREAM
 
+MODEL = "model"
+TRUST = 0.4
+"""How often a draft model is taken to be right before anything was seen of it."""
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -30,6 +34,9 @@ class Draft:
     """Its probability in `distribution`; 0 where the sampler does not need it."""
     distribution: NDArray[np.float64] | None = None
     """The draft model's, [vocabulary]."""
+    source: str = MODEL
+    confidence: float = TRUST
+    """0 to 1, for Calibration."""
 
 
 class DraftJob(Job):

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from hat_runtime.control.drafting import Pace
+from hat_runtime.control.drafting import Calibration, Pace
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.request import (
@@ -36,6 +36,7 @@ class TokenGenerator(Generator):
         super().__init__(model, link, binding, config)
         self.speculation = speculation or SpeculationConfig()
         self.pace = Pace()
+        self.calibration = Calibration()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See Generator.generate."""
@@ -76,4 +77,5 @@ class TokenGenerator(Generator):
             max_evictions=self.config.max_evictions,
             speculation=self.speculation,
             pace=self.pace,
+            calibration=self.calibration,
         )

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from hat_runtime.control.drafting import Pace
+from hat_runtime.control.drafting import Calibration, Pace
 from hat_runtime.device.answer import Answer
 from hat_runtime.device.steps import LAST, NONE, StepResult
 from hat_runtime.device.token_drafting import Draft
@@ -61,10 +61,13 @@ class _Sent:
 class TokenUplink(Answer):
     """Sends the text, and settles or cuts it by what the cloud says."""
 
-    def __init__(self, *args: Any, speculation: SpeculationConfig, pace: Pace, **fields: Any) -> None:
+    def __init__(
+        self, *args: Any, speculation: SpeculationConfig, pace: Pace, calibration: Calibration, **fields: Any
+    ) -> None:
         super().__init__(*args, **fields)
         self._config = speculation
         self._pace = pace
+        self._calibration = calibration
         self._settled_s = 0.0  # time.monotonic() of the newest settled token; 0: none yet
         params, new = self.request.sampling, self.request.max_new_tokens
         plain = speculation.max_draft == 0
@@ -206,6 +209,9 @@ class TokenUplink(Answer):
         """The target's token at a position is known."""
         if position != self.settled or self._finished:
             return  # told before
+        draft = self._drafts.get(position)
+        if draft is not None:
+            self._calibration.observe(draft.source, draft.confidence, draft.token == token)
         if position < len(self.text) and self.text[position] == token:
             self._count_accepted()
             self.settled += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.runtime.test_generator import Reference, answer, ask, ids, make_promp
 DRAFTERS = ("ngram", "adapter", "feature", "hybrid", "model")
 WINDOWS = (1, 2, None)
 BRANCHES = (1, 3)
+SLOW = ("100mbit,20ms", "100mbit,100ms,5ms")
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +34,37 @@ def want(reference: Reference) -> list[list[int]]:
     return [reference.greedy(prompt, NEW) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("link", ["", "100mbit,20ms", "100mbit,100ms,5ms"])
+async def check_texts(
+    model: Path, drafter: str, want: list[list[int]], grid: Iterable[tuple[int | None, int]], link: str
+) -> None:
+    """Alone, and several at a time, for (window, branches) of a grid."""
+    for window, branches in grid:
+        config = DraftConfig(4, window=window, branches=branches, adaptive=False)
+        async with speculating(model, drafter, config, link) as (generator, _):
+            if not link:
+                assert await answer(generator, PROMPTS[0], NEW) == want[0]
+            together = [ask(generator, prompt, NEW) for prompt in PROMPTS]
+            assert await asyncio.gather(*(ids(generator, r) for r in together)) == want
+            assert sum(r.stats.draft_tokens for r in together) > 0
+
+
+@pytest.mark.parametrize("link", ["", *SLOW])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 async def test_greedy_text_is_the_whole_models(
     tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str, link: str
 ) -> None:
-    """Every window and number of branches; alone and several at a time."""
-    # The full grid on loopback; over slow links each window and number of branches once.
-    grid = list(product(WINDOWS, BRANCHES)) if not link else list(zip(WINDOWS, (3, 1, 3), strict=True))
-    for window, branches in grid:
-        config = DraftConfig(4, window=window, branches=branches, adaptive=False)
-        async with speculating(tiny_llama, drafters[drafter], config, link) as (generator, _):
-            assert await answer(generator, PROMPTS[0], NEW) == want[0]
-            together = [ask(generator, prompt, NEW) for prompt in PROMPTS]
-            assert await asyncio.gather(*(ids(generator, r) for r in together)) == want
-            assert sum(r.stats.draft_tokens for r in together) > 0
+    """The whole grid on loopback; over slow links each window and number of branches once."""
+    grid = product(WINDOWS, BRANCHES) if not link else zip(WINDOWS, (3, 1, 3), strict=True)
+    await check_texts(tiny_llama, drafters[drafter], want, grid, link)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("link", SLOW)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+async def test_greedy_text_over_the_whole_grid(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str, link: str
+) -> None:
+    await check_texts(tiny_llama, drafters[drafter], want, product(WINDOWS, BRANCHES), link)
 
 
 @pytest.mark.parametrize("drafter", ["model", "feature", "hybrid"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hat_runtime.cli.bench.rows import SERVER_CHUNK, Row
+from hat_runtime.cli.bench.hat_rows import SERVER_CHUNK, Row
 from hat_runtime.cli.completions import Answer, stream_completion
 from hat_runtime.cli.processes import Child, Children, free_address, hat_command
 from hat_runtime.cli.split_pair import INPUT_LAYERS, READY_S

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hat_runtime.cli.bench import hat_suite
 from hat_runtime.cli.bench.hat_suite import Summary
+from hat_runtime.cli.bench.outcome import Outcome
 from hat_runtime.control.limits import LimitParts
 from hat_runtime.emulation.spec import LinkSpec
 
@@ -15,9 +17,10 @@ TOLERANCE = 1.05
 """A row counts as slower than another from this ratio on: repeated runs differ by about as much."""
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    """A section per link and number of sessions."""
-    return "\n\n".join(_section(*result) for result in results)
+def outcome(results: Sequence[Result]) -> Outcome:
+    """A section per link and number of sessions, and a plot of one session."""
+    tables = "\n\n".join(_section(*result) for result in results)
+    return Outcome(tables, hat_suite.as_json(results), lambda path: plot(results, path))
 
 
 def _section(name: str, link: LinkSpec, sessions: int, parts: LimitParts, rows: list[Summary]) -> str:

@@ -1,0 +1,94 @@
+"""`hat bench` and the capacity benchmark in their short forms: real processes, a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hat_runtime.cli.processes import hat_command
+from tests.runtime.picospec_pair import perturbed
+from tests.tiny_chat import make_tiny_chat_model
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_chat_model(tmp_path_factory.mktemp("bench") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("bench") / "words.jsonl"
+    file.write_text('{"question": "The quick brown fox"}\n{"question": "one two three one two"}\n')
+    return file
+
+
+def bench(*options: object) -> subprocess.CompletedProcess[str]:
+    command = hat_command("bench", *map(str, options))
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def figures(out: Path) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    found = json.loads(out.with_suffix(".json").read_text())
+    for part in found if isinstance(found, list) else [found]:
+        rows += part["rows"]
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")
+    return rows
+
+
+@pytest.mark.timeout(400)
+def test_the_hat_suite(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    options = ("--model", model, "--prompts", prompts, "--limit", 2, "--max-new-tokens", 6, "--sessions", 1)
+    done = bench(*options, "--input-layers", 2, "--drafter", "ngram", "--link", "60mbit,10ms", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = figures(out)
+    assert len(rows) == 8
+    assert all(row["ttft_s"] > 0 and row["tbt_s"] > 0 and row["tbt_limit_s"] > 0 for row in rows)
+    assert all(row["row"] in out.read_text() for row in rows)
+
+
+@pytest.mark.timeout(400)
+def test_the_picospec_suite(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out, draft = tmp_path / "table.md", perturbed(model, tmp_path / "draft", 0.01)
+    options = ("--suite", "picospec", "--model", model, "--draft-model", draft, "--prompts", prompts)
+    done = bench(*options, "--limit", 2, "--max-new-tokens", 6, "--link", "100mbit,5ms", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = figures(out)
+    assert [row["way"] for row in rows] == ["cloud alone", "synchronous", "PicoSpec"]
+    assert all(row["tokens_per_s"] > 0 and row["bound_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--max-draft", 3), "--max-draft 3 goes with --suite picospec"),
+        (("--suite", "picospec", "--drafter", "ngram"), "--drafter ngram goes with --suite hat"),
+        (("--limit", 0), "--limit 0"),
+    ],
+)
+def test_options_that_do_not_go_together(prompts: Path, options: tuple[object, ...], says: str) -> None:
+    done = bench("--prompts", prompts, *options)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_capacity(model: Path, prompts: Path) -> None:
+    script = ROOT / "benchmarks" / "capacity.py"
+    options = ("--short", "--json", "--model", model, "--prompts", prompts, "--input-layers", "2")
+    command = [sys.executable, str(script), *map(str, options), "--drafter", "ngram"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["drafts"], row["sessions"]) for row in rows] == [
+        (drafts, sessions) for drafts in (False, True) for sessions in (1, 4)
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["tokens_a_round"] == 1 for row in rows if not row["drafts"])
