@@ -54,7 +54,8 @@ def ask(product: Product) -> tuple[str, dict[str, Any]]:
 def test_the_answer_is_the_whole_models_and_was_drafted(product: Product, answers: dict[str, str]) -> None:
     text, told = ask(product)
     assert text == answers[PROMPT]
-    assert 0 < told["accepted_tokens"] <= told["draft_tokens"]
+    assert told["draft_tokens"] > 0  # how many are in time for a cloud that decodes on, is a race
+    assert told["accepted_tokens"] <= told["draft_tokens"]
     assert told["uplink_bytes"] < 10_000, "hidden states of the prompt alone would be more"
 
 
