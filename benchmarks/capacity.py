@@ -102,7 +102,6 @@ def main() -> int:
     load, cloud = one_core_each()
     os.sched_setaffinity(0, load)
     torch.set_num_threads(1)
-    rows: list[Row] = []
     with exits_on_sigterm(), Children() as children:
         address, http = free_address(), free_address()
         command = hat_command("cloud", "serve", "--model", str(folder), "--dtype", args.dtype)
@@ -110,21 +109,26 @@ def main() -> int:
         command += ["--max-sessions", str(max(args.sessions) + 1)]
         serving = children.start("cloud", command, cores=cloud)
         serving.wait_ready(f"http://{http}/readyz")
-        for drafts in (False, True):
-            progress(f"recording {args.limit} answers {'with' if drafts else 'without'} drafts")
-            binding, recordings = asyncio.run(_record(args, folder, address, drafts))
-            asyncio.run(_load(address, binding, recordings[:1], 1))  # the first time everything is slow
-            for sessions in args.sessions:
-                row = _measure(args, f"http://{http}", address, binding, recordings, sessions, drafts)
-                progress(
-                    f"{sessions} sessions: {row.tokens_per_s:.1f} tokens/s, TBT {row.tbt_s[1] * 1e3:.0f} ms"
-                )
-                rows.append(row)
+        rows = asyncio.run(_all(args, folder, address, f"http://{http}"))
     print(json.dumps([asdict(row) for row in rows]) if args.json else _body(rows, args.target_ms))
     if args.out:
         text = report("Capacity of a cloud core", _about(args), about, _body(rows, args.target_ms))
         args.out.write_text(text, encoding="utf-8")
     return 0
+
+
+async def _all(args: argparse.Namespace, folder: Path, address: str, http: str) -> list[Row]:
+    """Record and replay, without drafts and with them."""
+    rows = []
+    for drafts in (False, True):
+        progress(f"recording {args.limit} answers {'with' if drafts else 'without'} drafts")
+        binding, recordings = await _record(args, folder, address, drafts)
+        await _load(address, binding, recordings[:1], 1)  # the first time everything is slow
+        for sessions in args.sessions:
+            row = await _measure(args, http, address, binding, recordings, sessions, drafts)
+            progress(f"{sessions} sessions: {row.tokens_per_s:.1f} tokens/s, TBT {row.tbt_s[1] * 1e3:.0f} ms")
+            rows.append(row)
+    return rows
 
 
 async def _record(
@@ -171,7 +175,7 @@ def _noting(recording: Recording) -> AbstractContextManager[object]:
     return mock.patch.object(CloudSession, "submit", submit_and_note)
 
 
-def _measure(
+async def _measure(
     args: argparse.Namespace,
     http: str,
     address: str,
@@ -183,7 +187,7 @@ def _measure(
     """`sessions` answers at a time, each session several after one another."""
     before = _passes(http)
     began = time.monotonic()
-    answers = asyncio.run(_load(address, binding, recordings, sessions, args.answers))
+    answers = await _load(address, binding, recordings, sessions, args.answers)
     took_s = time.monotonic() - began
     computed, passes = (after - old for after, old in zip(_passes(http), before, strict=True))
     tokens = sum(answer.tokens for answer, _, _ in answers)
@@ -287,6 +291,7 @@ def _about(args: argparse.Namespace) -> str:
 sent for these prompts (shallow states, wrong drafts included), {args.answers} answers a session one after the other,
 and sends a Step as soon as the Result before it is there. So the cloud never waits for devices or links, and every
 session is the fastest device there can be: real ones leave the core more room, and a core then serves more of them.
+Fewer sessions see fewer of the prompts: compare a row with the one without drafts, not with other numbers of sessions.
 """
 
 
