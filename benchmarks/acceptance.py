@@ -6,6 +6,9 @@
 The text is the model's own greedy answer, so every drafter is asked about the same positions: the drafters' real code
 runs on true states, a round ends with the first wrong guess, and no link or clock is involved. Answers that fall into
 repetition, as a small model's do, flatter n-grams; they are counted with and without.
+
+feature+16 is `feature` with the deep states of the prompt's last 16 tokens, which `hat device serve` does not download:
+what it would be worth.
 """
 
 from __future__ import annotations
@@ -85,13 +88,14 @@ def main() -> int:
         progress(f"answering {name}")
         texts[name] = list(_answers(teacher, folder, name, args))
     for option in args.drafters:
-        maker = drafter_maker(option, folder, weights_id, args.input_layers, torch.bfloat16, kv_tokens=4096)
+        name_of, _, downloaded = option.partition("+")
+        maker = drafter_maker(name_of, folder, weights_id, args.input_layers, torch.bfloat16, kv_tokens=4096)
         drafter = maker(teacher.ends)
         assert drafter is not None
         for name, answers in texts.items():
             progress(f"{option} on {name}")
             for answer in answers:
-                count = _rounds(drafter, teacher, answer)
+                count = _rounds(drafter, teacher, answer, int(downloaded or 0))
                 counts[option, name, answer.loops] += count
                 if name == "spec_bench":
                     counts[option, f"spec_bench: {answer.category}", answer.loops] += count
@@ -144,13 +148,19 @@ def _answer(teacher: Teacher, prompt: list[int], most: int, category: str) -> An
 
 
 @torch.inference_mode()
-def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered) -> Count:
-    """The answer's rounds as the device would have them, after the first token."""
+def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered, downloaded: int) -> Count:
+    """The answer's rounds as the device would have them, after the first token.
+
+    The deep states of the prompt's last `downloaded` tokens are known to the drafter.
+    """
     rule, count = StopRule(GAMMA, ETA), Count()
     state = drafter.open()
     prompt, ids, shallow = answer.prompt_tokens, answer.ids, answer.states.shallow
     normed = teacher.ends.final_norm(answer.states.deep)
-    state.note(0, shallow[:prompt], None)
+    unseen = max(1, prompt - downloaded)
+    state.note(0, shallow[:unseen], None)
+    if unseen < prompt:
+        state.note(unseen, shallow[unseen:prompt], normed[unseen - 1 : prompt - 1])
     certain = prompt + 1  # tokens; the first came with the prompt's pass
     noted = prompt
     while certain < len(ids):

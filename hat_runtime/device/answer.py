@@ -213,7 +213,7 @@ class Answer:
     async def _draft_ahead(self, oldest: _Round) -> None:
         """Draft on, and send what is likely to be right, until the oldest round's Result is due."""
         policy, spec = self._policy, self._spec
-        while not oldest.future.done():
+        while not oldest.future.done() and policy.works_ahead(self._model.rounds_in_flight):
             sent = self._sent_end - len(spec.tokens)
             elapsed_s = time.monotonic() - oldest.sent_s
             branch: int | None = None

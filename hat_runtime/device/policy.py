@@ -81,6 +81,14 @@ class DraftPolicy:
         worth = self.times.least_worth
         return DraftPlan(lambda drafts: self._full(drafts, worth))
 
+    def works_ahead(self, answers: int) -> bool:
+        """Whether to draft while a round is checked, with so many answers waiting for the cloud.
+
+        Not with several: what is drafted ahead for one of them delays the turns of the others, which costs more than it
+        gives (docs/decisions/0011-drafting.md).
+        """
+        return answers <= 1 or not self.config.adaptive
+
     def ahead(self, spec: Speculation, sent: int, elapsed_s: float) -> DraftPlan | None:
         """For one more draft while a round is checked; None: enough.
 

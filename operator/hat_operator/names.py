@@ -109,9 +109,7 @@ def revision(hat: HatDeployment, settings: Settings) -> str:
         "version": runtime_version(hat, settings),
         "image": hat.spec.cloud.image,
     }
-    if (
-        hat.spec.mode != "hat"
-    ):  # not always: the revisions of what was there before this field should not change
+    if hat.spec.mode != "hat":  # an upgrade of the operator must not change the revisions that are there
         agreed["mode"] = hat.spec.mode
     return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:8]
 

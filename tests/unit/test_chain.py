@@ -65,3 +65,9 @@ def test_another_draft_gets_branches_of_its_own() -> None:
             spec.aim(sent)
             spec.branches[token] = []
         assert policy.branch(spec, sent, 0.0) is None
+
+
+def test_nothing_is_drafted_ahead_for_one_of_several_answers() -> None:
+    policy = DraftPolicy(DraftConfig(), available=True)
+    assert [policy.works_ahead(answers) for answers in (1, 2, 4)] == [True, False, False]
+    assert DraftPolicy(DraftConfig(adaptive=False), available=True).works_ahead(4)
