@@ -87,14 +87,9 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> NDArray[np.fl
         logits: float32 [vocabulary].
         params: temperature > 0.
     """
-    scores = logits.detach().to("cpu", torch.float64).numpy() / params.temperature
-    weights = np.exp(scores - scores.max())
-    if params.top_p < 1.0:
-        kept = np.zeros_like(weights)
-        ids = nucleus(scores, params.top_p)
-        kept[ids] = weights[ids]
-        weights = kept
-    result: NDArray[np.float64] = weights / weights.sum()
+    ids, scores = kept_scores(logits, params)
+    result = np.zeros(len(logits))
+    result[ids] = softmax(scores)
     return result
 
 

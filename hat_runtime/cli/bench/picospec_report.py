@@ -69,7 +69,8 @@ def _markdown(parts: Parts, rows: Sequence[Row], gamma: int) -> str:
     waits = ", ".join(
         f"{row.tokens_a_round:.2f} ({row.prompts}, {row.link})" for row in rows if row.way == SYNCHRONOUS
     )
-    bounds = ", ".join(f"{row.bound_s * 1e3:.0f} ms ({row.link})" for row in _first_of_each_link(rows))
+    bound_s = {row.link: row.bound_s for row in rows}
+    bounds = ", ".join(f"{seconds * 1e3:.0f} ms ({link})" for link, seconds in bound_s.items())
     return "\n".join(
         [
             *lines,
@@ -84,10 +85,6 @@ def _markdown(parts: Parts, rows: Sequence[Row], gamma: int) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _first_of_each_link(rows: Sequence[Row]) -> list[Row]:
-    return list({row.link: row for row in reversed(rows)}.values())[::-1]
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
