@@ -35,7 +35,7 @@ def messages() -> dict[str, Message]:
         "describe_request": pb.DescribeRequest(padding=b"\x00\xff", reply_padding_bytes=3),
         "describe_reply": pb.DescribeReply(
             protocol_major=1,
-            protocol_minor=2,
+            protocol_minor=3,
             software="0.1.0",
             model=identity,
             codecs=["raw", "int8"],
@@ -58,7 +58,7 @@ def messages() -> dict[str, Message]:
                 tenant="tenant-a",
                 request_id="req-1",
                 resume=pb.Resume(session_id="0a" * 16),
-                protocol_minor=2,
+                protocol_minor=3,
                 device="jetson-1.site-a",
                 mode="picospec",
             )
@@ -67,12 +67,13 @@ def messages() -> dict[str, Message]:
             step=pb.Step(
                 epoch=2,
                 start_pos=17,
-                n=2,
+                n=1,
                 want=pb.WANT_ALL,
                 payload=ROWS,
                 more=True,
                 request_id="req-1",
                 decode=True,
+                alternatives=[18],
             )
         ),
         "device_token_step": pb.DeviceMessage(
@@ -115,6 +116,7 @@ def messages() -> dict[str, Message]:
                 limits=LIMITS,
                 cost=pb.CostHints(fixed_s=0.02, per_token_s=0.001),
                 replica="10.0.0.7:7070",
+                protocol_minor=3,
             )
         ),
         "cloud_result": pb.CloudMessage(

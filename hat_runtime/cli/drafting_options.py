@@ -15,7 +15,7 @@ T = TypeVar("T", int, float)
 
 
 def add_drafting(parser: argparse.ArgumentParser) -> None:
-    """--drafter, --max-draft, --stop-threshold, --window, --branches and --sampler."""
+    """--drafter, --max-draft, --stop-threshold, --window, --branches, --alternatives and --sampler."""
     parser.add_argument(
         "--drafter",
         default="auto",
@@ -53,6 +53,14 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
         "the device waits meanwhile (default %(default)s)",
     )
     parser.add_argument(
+        "--alternatives",
+        default="auto",
+        metavar="N",
+        help="other candidates for each guess that the cloud checks along with it, so that a wrong guess need not end "
+        "the round; auto: those that are worth their time, 0: none. Not with the sampler rejection, nor --mode "
+        "picospec (default %(default)s)",
+    )
+    parser.add_argument(
         "--sampler",
         default="coupled",
         metavar="NAME",
@@ -79,6 +87,7 @@ def drafting_config(args: argparse.Namespace) -> DraftConfig:
         stop_threshold=_number(args.stop_threshold, "--stop-threshold", float),
         window=_number(args.window, "--window", int),
         branches=args.branches,
+        alternatives=_number(args.alternatives, "--alternatives", int),
         sampler=args.sampler,
     )
 

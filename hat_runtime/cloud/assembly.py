@@ -42,7 +42,7 @@ class StepAssembler:
             decode: codec.codec_named(name)
             for decode, name in ((False, codecs.prompt), (True, codecs.decode))
         }
-        self._header: tuple[int, int, int, int, bool] | None = None
+        self._header: tuple[int, int, int, int, bool, tuple[int, ...]] | None = None
         self._payload = bytearray()
 
     def feed(self, step: pb.Step) -> StepWork | None:
@@ -52,13 +52,15 @@ class StepAssembler:
             ProtocolError: a size, a count or `want` is wrong, the frame does not belong to the Step begun, or the
                 payload is none of the codec's.
         """
-        header = (step.epoch, step.start_pos, step.n, step.want, step.decode)
+        aside = tuple(step.alternatives)
+        header = (step.epoch, step.start_pos, step.n, step.want, step.decode, aside)
         if self._header is None:
             self._check_header(step)
             self._header = header
         elif header != self._header:
             raise ProtocolError(
-                f"frame (epoch, start_pos, n, want, decode)={header} continues a Step of {self._header}"
+                f"frame (epoch, start_pos, n, want, decode, alternatives)={header} continues a Step of "
+                f"{self._header}"
             )
         if len(step.payload) > self._limits.max_frame_bytes:
             raise ProtocolError(
@@ -66,30 +68,45 @@ class StepAssembler:
             )
         if step.more and not step.payload:
             raise ProtocolError("an empty frame says that more follow")
-        rows = self._codecs[step.decode]
-        whole = step.n * rows.row_bytes(self._hidden_size, self._dtype)
+        rows, count = self._codecs[step.decode], step.n + len(aside)
+        whole = count * rows.row_bytes(self._hidden_size, self._dtype)
         if len(self._payload) + len(step.payload) > whole or (
             not step.more and len(self._payload) + len(step.payload) != whole
         ):
             raise ProtocolError(
                 f"Step.payload has {len(self._payload) + len(step.payload)} bytes, but "
-                f"{rows.describe(step.n, self._hidden_size, self._dtype)} are {whole} bytes"
+                f"{rows.describe(count, self._hidden_size, self._dtype)} are {whole} bytes"
             )
         self._payload += step.payload
         if step.more:
             return None
         payload, self._payload, self._header = self._payload, bytearray(), None
         try:
-            hidden = rows.decode(payload, step.n, self._hidden_size, self._dtype)
+            hidden = rows.decode(payload, count, self._hidden_size, self._dtype)
         except ValueError as error:
             raise ProtocolError(f"Step.payload: {error}") from error
-        return StepWork(step.epoch, step.start_pos, _WANTS[step.want], hidden, time.monotonic())
+        want = _WANTS[step.want]
+        return StepWork(step.epoch, step.start_pos, want, hidden, time.monotonic(), alternatives=aside)
 
     def _check_header(self, step: pb.Step) -> None:
         if step.want not in _WANTS:
             raise ProtocolError(f"Step.want={step.want} is none of NONE, LAST, ALL")
         if not 1 <= step.n <= self._limits.max_step_tokens:
             raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
+        aside = step.alternatives
+        if not aside:
+            return
+        if step.want != pb.WANT_ALL:
+            raise ProtocolError("Step.want must be ALL where Step.alternatives is not empty")
+        if step.n + len(aside) > self._limits.max_step_tokens:
+            raise ProtocolError(
+                f"Step.n={step.n} and {len(aside)} alternatives are more than {self._limits.max_step_tokens} rows"
+            )
+        for position in aside:
+            if not step.start_pos <= position <= step.start_pos + step.n:
+                raise ProtocolError(
+                    f"Step.alternatives holds {position}, which is not {step.start_pos} to {step.start_pos + step.n}"
+                )
 
 
 def result_frames(done: StepDone, verdict: pb.Verdict | None = None) -> Iterator[pb.CloudMessage]:

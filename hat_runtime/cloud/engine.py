@@ -289,6 +289,7 @@ class Engine:
                 planned.start,
                 self._rows(planned),
                 wanted=any(piece.wanted for piece in planned.pieces),
+                aside=planned.aside,
             )
             for planned in passes
         ]
@@ -315,14 +316,14 @@ class Engine:
         return forward_s
 
     def _rows(self, planned: Planned) -> torch.Tensor:
-        """What goes into the layers, [rows, hidden_size]."""
-        return torch.cat(
-            [
-                piece.work.hidden[piece.first : piece.last]
-                for piece in planned.pieces
-                if piece.work.hidden is not None
-            ]
-        )
+        """What goes into the layers, [rows, hidden_size]: all pieces' tokens, then all their alternatives."""
+        tokens, aside = [], []
+        for piece in planned.pieces:
+            assert piece.work.hidden is not None
+            tokens.append(piece.work.hidden[piece.first : piece.last])
+            if piece.aside:
+                aside.append(piece.work.hidden[piece.work.n :])
+        return torch.cat(tokens + aside)
 
     def _outputs(self, passes: list[Planned], deep: list[torch.Tensor]) -> list[torch.Tensor]:
         """What `_complete` needs of the layers' outputs, on the CPU."""
@@ -330,6 +331,7 @@ class Engine:
 
     def _complete(self, planned: Planned, deep: torch.Tensor, forward_s: float, tokens: int) -> None:
         session, row = planned.session, 0
+        aside = len(deep) - len(planned.aside)
         for piece in planned.pieces:
             work, count = piece.work, piece.last - piece.first
             work.done = piece.last
@@ -337,6 +339,9 @@ class Engine:
             work.batch_tokens = tokens
             if work.want is Want.ALL:
                 work.outputs.append(deep[row : row + count])
+                if piece.aside:
+                    work.outputs.append(deep[aside : aside + len(piece.aside)])
+                    aside += len(piece.aside)
             elif work.want is Want.LAST and not work.left:
                 work.outputs.append(deep[row + count - 1 : row + count])
             row += count

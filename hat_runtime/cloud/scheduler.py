@@ -44,6 +44,11 @@ class Piece:
         judged = tokens is not None and tokens.drafts > 0  # each draft by the row before it
         return judged or want is Want.ALL or (want is Want.LAST and self.last == self.work.n)
 
+    @property
+    def aside(self) -> tuple[int, ...]:
+        """Positions of the Step's alternatives, which run with its last row."""
+        return self.work.alternatives if self.last == self.work.n else ()
+
 
 @dataclass
 class Planned:
@@ -54,9 +59,14 @@ class Planned:
     pieces: list[Piece] = field(default_factory=list)
 
     @property
+    def aside(self) -> tuple[int, ...]:
+        """Positions of all pieces' alternatives, which are behind all other rows."""
+        return tuple(position for piece in self.pieces for position in piece.aside)
+
+    @property
     def rows(self) -> int:
-        """Rows of all pieces."""
-        return sum(piece.last - piece.first for piece in self.pieces)
+        """Rows of all pieces, alternatives included."""
+        return sum(piece.last - piece.first + len(piece.aside) for piece in self.pieces)
 
 
 @dataclass
@@ -88,7 +98,7 @@ class Scheduler:
         plan = Plan()
         budget = self._config.max_batch_tokens
         for session in waiting:
-            if budget == 0:
+            if budget <= 0:
                 break
             if session in plan.evicted:
                 continue
@@ -113,16 +123,22 @@ class Scheduler:
     @staticmethod
     def _take(session: Session, budget: int) -> Planned:
         planned = Planned(session, session.queue[0].position)
-        end = planned.start
+        end, aside = planned.start, 0
         for work in session.queue:
-            if budget == 0 or work.position != end or work.epoch != session.queue[0].epoch:
+            if budget <= 0 or work.position != end or work.epoch != session.queue[0].epoch:
                 break
-            if planned.pieces and violation(session, work, end) is not None:
+            if planned.pieces and (
+                violation(session, work, end) is not None
+                # Until the pass ends, all alternatives of it take room in the cache.
+                or end + work.left + aside + len(work.alternatives) > session.max_tokens
+            ):
                 break  # the engine refuses it when it is the head: what came before it is answered first
             rows = min(work.left, budget)
-            planned.pieces.append(Piece(work, work.done, work.done + rows))
-            budget -= rows
+            piece = Piece(work, work.done, work.done + rows)
+            planned.pieces.append(piece)
+            budget -= rows + len(piece.aside)  # at most the alternatives of one Step too many
             end += rows
+            aside += len(piece.aside)
         return planned
 
     def _make_room(self, planned: Planned, plan: Plan, everyone: list[Session], now: float) -> bool:

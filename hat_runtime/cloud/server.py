@@ -28,7 +28,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 2)
+PROTOCOL = (1, 3)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -268,6 +268,7 @@ class RuntimeService:
                 committed=0,
                 limits=self._served.limits,
                 cost=pb.CostHints(fixed_s=fixed_s, per_token_s=per_token_s),
+                protocol_minor=PROTOCOL[1],
             )
         )
 

@@ -31,9 +31,11 @@ class StepWork:
     start_pos: int
     want: Want
     hidden: torch.Tensor | None
-    """[n, hidden_size] on the CPU, in the compute dtype; None in token mode."""
+    """[n, hidden_size] on the CPU, in the compute dtype, then the alternatives; None in token mode."""
     arrived: float
     """Monotonic seconds."""
+    alternatives: tuple[int, ...] = ()
+    """Positions of the rows behind the n tokens (runtime.proto, Step.alternatives)."""
     done: int = 0
     """Rows that have been computed; a long Step is computed over several passes."""
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -50,7 +52,7 @@ class StepWork:
         if self.tokens is not None:
             return len(self.tokens.ids)
         assert self.hidden is not None
-        return len(self.hidden)
+        return len(self.hidden) - len(self.alternatives)
 
     @property
     def position(self) -> int:
@@ -139,15 +141,18 @@ class Session:
 
 def violation(session: Session, work: StepWork, committed: int) -> Failed | None:
     """What is wrong with a Step that would run when the session has `committed` tokens; None if nothing is."""
+    rows = work.n + len(work.alternatives)
     if work.start_pos > committed:
         return Failed(
             grpc.StatusCode.INVALID_ARGUMENT,
             f"Step.start_pos={work.start_pos} jumps forward: {committed} tokens are committed",
         )
-    if work.start_pos + work.n > session.max_tokens:
+    if work.start_pos + rows > session.max_tokens:
+        alternatives = f" + {len(work.alternatives)} alternatives" if work.alternatives else ""
         return Failed(
             grpc.StatusCode.OUT_OF_RANGE,
-            f"Step.start_pos={work.start_pos} + n={work.n} is beyond the session's {session.max_tokens} tokens",
+            f"Step.start_pos={work.start_pos} + n={work.n}{alternatives} is beyond the session's "
+            f"{session.max_tokens} tokens",
         )
     if not work.finite:
         return Failed(grpc.StatusCode.INVALID_ARGUMENT, "Step.payload holds a value that is not finite")

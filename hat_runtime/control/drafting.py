@@ -17,6 +17,8 @@ BINS = 10
 PRIOR = 8.0
 """Observations that the drafter's own confidence counts for, until there are real ones."""
 FORGET = 0.98
+OTHER_PRIOR = 0.2
+"""How often the second likeliest token is right where the likeliest was not, until it was seen."""
 
 OFF_ABOVE = 1.03
 """Drafting is turned off when a token takes this many times what it would without."""
@@ -45,14 +47,27 @@ class Calibration:
 
     def rate(self, source: str, confidence: float) -> float:
         """Expected acceptance, 0 to 1, of a draft by `source` with `confidence` (0 to 1)."""
-        key = self._key(source, confidence)
-        hits, tries = self._hits.get(key, 0.0), self._tries.get(key, 0.0)
-        return (hits + PRIOR * confidence) / (tries + PRIOR)
+        return self._estimate(self._key(source, confidence), confidence)
 
     def observe(self, source: str, confidence: float, accepted: bool) -> None:
         """A draft was checked by the target."""
-        key = self._key(source, confidence)
-        self._hits[key] = FORGET * self._hits.get(key, 0.0) + accepted
+        self._note(self._key(source, confidence), accepted)
+
+    def rate_of_other(self, source: str, confidence: float, rank: int) -> float:
+        """How often the next likeliest token of `rank` (1, 2, ...) is right where such a draft is refused, 0 to 1."""
+        return self._estimate(self._key(f"{source}+{rank}", confidence), OTHER_PRIOR / rank)
+
+    def observe_others(self, source: str, confidence: float, others: Sequence[int], right: int) -> None:
+        """A draft was refused: `right` was the token, and `others` were the next likeliest ones, checked or not."""
+        for rank, token in enumerate(others, start=1):
+            self._note(self._key(f"{source}+{rank}", confidence), token == right)
+
+    def _estimate(self, key: tuple[str, int], prior: float) -> float:
+        hits, tries = self._hits.get(key, 0.0), self._tries.get(key, 0.0)
+        return (hits + PRIOR * prior) / (tries + PRIOR)
+
+    def _note(self, key: tuple[str, int], hit: bool) -> None:
+        self._hits[key] = FORGET * self._hits.get(key, 0.0) + hit
         self._tries[key] = FORGET * self._tries.get(key, 0.0) + 1
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from hat_runtime.control.chunks import chunk_ends, cut_at
-from hat_runtime.device.chain import NO_DRAFTS, Speculation
+from hat_runtime.device.chain import NO_DRAFTS, Alternative, Checked, Speculation
 from hat_runtime.device.conversations import Conversation, ConversationStore
 from hat_runtime.device.drafting.base import DraftState
 from hat_runtime.device.jobs import Turn
@@ -40,13 +40,17 @@ class _Round:
     sent_s: float
     alone: bool
     """No other was under way when it was sent."""
+    behind: int
+    """Rows before that of the last certain token: known already."""
+    alternatives: tuple[tuple[int, int], ...]
+    """(position, token) of its last rows."""
 
 
 class Answer:
     """What the generation loop does for one request.
 
     A round: `turn` makes of deep states certain tokens and new drafts, `send` sends their shallow states up, and
-    `next_deep` waits for the deep states that come back, and drafts on meanwhile.
+    `next_checked` waits for the deep states that come back, and drafts on meanwhile.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Answer:
             len(request.prompt_ids) + request.max_new_tokens,
         )
 
-    async def upload(self) -> torch.Tensor:
+    async def upload(self) -> Checked:
         """Send the shallow states of all tokens that the cloud lacks; deep state [1, hidden_size] of the last.
 
         After an eviction the shallow states are computed again from the token ids.
@@ -134,16 +138,17 @@ class Answer:
                 await self._reopen(error)
                 continue
             if deep is not None:
-                return deep
+                return Checked(deep)
             self._count_eviction()
 
-    async def turn(self, deep: torch.Tensor) -> Turn:
-        """What deep states [n, hidden_size] say: tokens that are certain now, and new drafts behind them."""
+    async def turn(self, checked: Checked) -> Turn:
+        """What deep states say: tokens that are certain now, and new drafts behind them."""
         stats = self.request.stats
         turn = await self._model.turn(
             self._spec,
-            deep,
-            self._policy.plan(),
+            checked.deep,
+            self._policy.plan(alternatives=self.current.session.takes_alternatives),
+            alternatives=checked.alternatives,
             go_on=not self._in_flight,
             most=self.request.max_new_tokens - stats.completion_tokens,
             batch_tokens=self._batch_tokens,
@@ -162,28 +167,55 @@ class Answer:
     def send(self) -> None:
         """Send the shallow states of the newest certain token, and of the drafts behind it, that were not sent.
 
-        If the session has ended, `next_deep` deals with it.
+        If the session has ended, `next_checked` deals with it.
         """
         spec = self._spec
-        first = max(self._sent_end, len(spec.tokens) - 1)
-        rows = spec.hidden[first - (len(spec.tokens) - 1) :]
-        hidden = rows[0] if len(rows) == 1 else torch.cat(rows)
+        last = len(spec.tokens) - 1
+        lacking = last + 1 - len(spec.hidden[0])  # position of the first row
+        first = max(self._sent_end, lacking)
+        rows = torch.cat(spec.hidden)[first - lacking :]
+        sent_end = first + len(rows)
+        alternatives = self._alternatives(max(first, last), sent_end)
+        hidden = torch.cat([rows, *(other.hidden for _, other in alternatives)])
         try:
-            future = self._submit(first, hidden, ALL)
+            future = self._submit(first, hidden, ALL, tuple(position for position, _ in alternatives))
         except HatError as error:  # not raised here: the caller has not been told of the newest tokens yet
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
             future.exception()  # whoever waits gets it; nobody waiting is no mistake
-        self._sent_end = first + len(rows)
-        self._in_flight.append(_Round(future, time.monotonic(), alone=not self._in_flight))
+        self._sent_end = sent_end
+        self._in_flight.append(
+            _Round(
+                future,
+                time.monotonic(),
+                alone=not self._in_flight,
+                behind=max(0, last - first),
+                alternatives=tuple((position, other.token) for position, other in alternatives),
+            )
+        )
+
+    def _alternatives(self, first: int, end: int) -> list[tuple[int, Alternative]]:
+        """Those to be checked in a Step with the rows of positions first <= p < end.
+
+        Not those of the first: the round before it judges that draft.
+        """
+        session = self.current.session
+        # Until the cloud's pass is over they take room in its cache.
+        room = min(session.limits.max_tokens or end, session.limits.max_step_tokens + first) - end
+        found = [
+            (position, other)
+            for position in range(first + 1, end)
+            for other in self._spec.alternatives.get(position, ())
+        ]
+        return found[: max(0, room)] if session.takes_alternatives else []
 
     @property
     def in_flight(self) -> int:
         """Rounds that were sent and not judged."""
         return len(self._in_flight)
 
-    async def next_deep(self) -> torch.Tensor:
-        """The deep states [n, hidden_size] of the oldest round; after an eviction those of a new upload.
+    async def next_checked(self) -> Checked:
+        """The deep states of the oldest round; after an eviction those of a new upload.
 
         While it is on its way, the device drafts on.
         """
@@ -205,10 +237,10 @@ class Answer:
             self._count_eviction()
             return await self.upload()
         self._batch_tokens = 0 if self._in_flight else result.batch_tokens
-        self._policy.compute_s = result.compute_s
+        self._policy.saw_pass(result.batch_tokens, len(deep), result.compute_s)
         if oldest.alone:
             self._policy.times.saw_wait(time.monotonic() - oldest.sent_s)
-        return deep
+        return Checked(deep[oldest.behind :], oldest.alternatives)
 
     async def _draft_ahead(self, oldest: _Round) -> None:
         """Draft on, and send what is likely to be right, until the oldest round's Result is due."""
@@ -217,7 +249,9 @@ class Answer:
             sent = self._sent_end - len(spec.tokens)
             elapsed_s = time.monotonic() - oldest.sent_s
             branch: int | None = None
-            plan = policy.ahead(spec, sent, elapsed_s)
+            plan = policy.ahead(
+                spec, sent, elapsed_s, alternatives=self.current.session.takes_alternatives
+            )
             if plan is None and policy.send_ahead(spec, sent, len(self._in_flight)):
                 self.send()
                 continue
@@ -238,15 +272,19 @@ class Answer:
         """Keep the accounts of a judged round."""
         spec, stats = self._spec, self.request.stats
         accepted = sum(right for _, right in turn.judged)
+        stats.alternatives += turn.aside
+        stats.alternatives_accepted += turn.alternative
+        self._link.saw_alternatives(turn.aside, turn.alternative)
         self._policy.learn(turn)
         stats.accepted_tokens += accepted
         stats.draft_tokens += accepted + turn.dropped
         stats.refusals += turn.refused
         self._link.saw_drafts(accepted, accepted + turn.dropped)
         if turn.fresh:
-            self.current.session.rollback(len(spec.tokens) - 1)
+            held = len(spec.tokens) - 1 - turn.alternative  # an alternative is in nobody's cache
+            self.current.session.rollback(held)
             self._in_flight.clear()
-            self._sent_end = min(self._sent_end, len(spec.tokens) - 1)
+            self._sent_end = min(self._sent_end, held)
         self.current.tokens = spec.tokens[: spec.cached]
         self.current.shallow = spec.cached
 
@@ -303,11 +341,15 @@ class Answer:
         conversation.shallow = self._spec.cached = end
         return hidden
 
-    def _submit(self, start: int, hidden: torch.Tensor, want: Want) -> asyncio.Future[StepResult]:
+    def _submit(
+        self, start: int, hidden: torch.Tensor, want: Want, alternatives: tuple[int, ...] = ()
+    ) -> asyncio.Future[StepResult]:
         request_id = "" if self._announced else self.request.request_id
         self._announced = True
         decode = self.current.decodes(start)
-        return self.current.session.submit(start, hidden, want, request_id, decode=decode)
+        return self.current.session.submit(
+            start, hidden, want, request_id, decode=decode, alternatives=alternatives
+        )
 
     def _take(self, result: StepResult) -> torch.Tensor | None:
         """Account for a Result; its deep states, None if it is stale or brings none."""

@@ -14,6 +14,25 @@ from hat_runtime.device.verify import COUPLED
 from hat_runtime.model.pages import PagedSequence
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """Another choice for a draft's position, checked with it; nothing is drafted behind it."""
+
+    token: int
+    hidden: torch.Tensor
+    """Shallow state [1, hidden_size]."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the cloud says of a round."""
+
+    deep: torch.Tensor
+    """Deep states [n + alternatives, hidden_size]: of the last certain token and of the drafts behind it."""
+    alternatives: tuple[tuple[int, int], ...] = ()
+    """(position, token) of the last rows."""
+
+
 @dataclass(eq=False)
 class Speculation:
     """The drafts of one answer. The worker's thread changes it while it runs a job of the answer, and nobody else."""
@@ -34,11 +53,14 @@ class Speculation:
     drafts: list[Draft] = field(default_factory=list)
     """What may follow the certain tokens."""
     hidden: list[torch.Tensor] = field(default_factory=list)
-    """Shallow states [1, hidden_size]: of the last certain token, once it is known, then of each draft."""
+    """Shallow states: of the last certain token, once it is known, then of each draft, [1, hidden_size] each. Where an
+    alternative was right, the first has two rows: neither it nor the token behind it is in the cloud's cache."""
+    alternatives: dict[int, list[Alternative]] = field(default_factory=dict)
+    """Other choices for drafts that were run through the input layers, by position."""
     held: list[int] = field(default_factory=list)
     """Tokens behind the certain ones whose keys and values the device's cache holds."""
     fresh: torch.Tensor | None = None
-    """Normed deep state [1, hidden_size] before the last certain token, while that token has no shallow state yet."""
+    """Normed deep states [k, hidden_size] before the last k certain tokens, while these have no shallow states yet."""
     point: int = 0
     """Index of the draft that `branches` are other choices for."""
     branches: dict[int, list[Draft]] = field(default_factory=dict)
@@ -82,6 +104,7 @@ class Speculation:
         self.drafts.clear()
         self.hidden.clear()
         self.held.clear()
+        self.alternatives.clear()
         self.branches.clear()
         self.point = 0
 
@@ -108,6 +131,8 @@ class DraftPlan:
     """Whether to stop after these drafts, all of the chain's or of a branch's."""
     others: int = 0
     """How many other candidates for the next token to remember."""
+    alternatives: Callable[[Sequence[Draft]], int] = lambda drafts: 0
+    """How many of the others of the last of these drafts are to be checked with it."""
 
 
 NO_DRAFTS = DraftPlan(lambda drafts: True)

@@ -122,9 +122,9 @@ class Generator:
         try:
             await answer.begin()
             self.metrics.cached_prompt_tokens.inc(stats.cached_tokens)
-            deep = await answer.upload()
+            checked = await answer.upload()
             while True:
-                turn = await answer.turn(deep)
+                turn = await answer.turn(checked)
                 now = time.monotonic()
                 count = len(turn.tokens)
                 for _ in turn.tokens:
@@ -143,7 +143,7 @@ class Generator:
                     yield TokenEvent(token_id, index, now)
                 if ended:
                     return
-                deep = await answer.next_deep()
+                checked = await answer.next_checked()
         except (asyncio.CancelledError, GeneratorExit):
             if stats.finish_reason == ERROR:
                 stats.finish_reason = CANCELLED

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from hat_runtime.device.chain import DraftPlan, Speculation, common_prefix
+from hat_runtime.device.chain import Alternative, DraftPlan, Speculation, common_prefix
 from hat_runtime.device.drafting.base import Draft, DraftState, Wish
-from hat_runtime.device.verify import REJECTION, judge
+from hat_runtime.device.verify import REJECTION, Verdict, judge
 from hat_runtime.errors import HatError
 from hat_runtime.model.pages import PagedSequence
 
@@ -31,6 +31,8 @@ class Job(ABC):
         """What the input layers run next; none: the job has what it needs."""
         self.start = 0
         """Position of the first of them."""
+        self.aside: list[int] = []
+        """Other choices for that position, which the input layers run along; the cache does not keep them."""
         self.wants_draft = False
         """After the input layers the drafter is to be asked."""
         self.draft_from = 0.0
@@ -39,7 +41,7 @@ class Job(ABC):
 
     @abstractmethod
     def embedded(self, hidden: torch.Tensor) -> None:
-        """Take the shallow states [len(ids), hidden_size]."""
+        """Take the shallow states [len(ids) + len(aside), hidden_size]."""
 
     @abstractmethod
     def result(self) -> Any:
@@ -81,13 +83,17 @@ class Turn:
     tokens: list[int]
     """Certain now, in order."""
     refused: bool = False
-    """The last of them replaces a draft: what was sent behind it is void."""
+    """One of them replaces a draft: what was sent behind it is void."""
+    alternative: bool = False
+    """It was one of the draft's alternatives, so that the token behind it is known as well."""
     fresh: bool = False
     """The last of them was not among the drafts: the chain has begun anew behind it."""
     judged: tuple[tuple[Draft, bool], ...] = ()
     """Drafts with what the target said of them."""
     dropped: int = 0
     """Drafts that went with a refused one, itself included."""
+    aside: int = 0
+    """Alternatives that were checked."""
     hit: bool = False
     """The token behind the chain was one of the branches."""
     starved: bool = False
@@ -108,6 +114,7 @@ class TurnJob(Job):
         deep: torch.Tensor | None,
         plan: DraftPlan,
         *,
+        alternatives: tuple[tuple[int, int], ...] = (),
         most: int = 1,
         go_on: bool = True,
         branch: int | None = None,
@@ -117,9 +124,10 @@ class TurnJob(Job):
         Args:
             speculation: the answer's chain.
             future: for the Turn.
-            deep: deep states [n, hidden_size] of the last certain token and of the first n - 1 drafts; None: nothing is
-                judged, the chain only grows.
+            deep: deep states [n, hidden_size] of the last certain token and of the first n - 1 drafts, then those of the
+                alternatives; None: nothing is judged, the chain only grows.
             plan: how far to draft.
+            alternatives: (position, token) of the last rows of `deep`.
             most: tokens that the text may still grow by.
             go_on: draft behind a chain that holds as well; False: only behind a fresh token.
             branch: draft what may follow if this token, and not the chain's, comes behind the last draft.
@@ -131,6 +139,7 @@ class TurnJob(Job):
         self._most = most
         self._go_on = go_on
         self._branch = branch
+        self._alternatives = alternatives
         self._grown: list[Draft] = []
         self._turn = Turn([])
         self._starved = False
@@ -138,54 +147,85 @@ class TurnJob(Job):
             self._extend()
 
     def judge(self, logits: torch.Tensor, normed: torch.Tensor) -> None:
-        """Check the chain's drafts; logits float32 [n, vocabulary] and normed deep states [n, hidden_size]."""
+        """Check the chain's drafts; logits float32 [rows, vocabulary] and normed deep states [rows, hidden_size]."""
         spec = self._spec
-        position, drafts = len(spec.tokens), list(spec.drafts)
-        verdict = judge(
-            logits,
-            drafts,
-            spec.params,
-            position,
-            sampler=spec.sampler,
-            stop_ids=spec.stop_ids,
-            most=self._most,
-        )
-        accepted = verdict.accepted
+        drafts, chain = list(spec.drafts), len(logits) - len(self._alternatives)
+        verdict = self._verdict(logits[:chain], drafts, [])
+        accepted, tokens, rows = verdict.accepted, verdict.tokens, [verdict.accepted]
         judged = [(draft, True) for draft in drafts[:accepted]]
         if verdict.refused:
             judged.append((drafts[accepted], False))
-        last = verdict.tokens[-1]
-        fresh = len(verdict.tokens) > accepted
-        ended = len(verdict.tokens) >= self._most or last in spec.stop_ids
+        right = (len(spec.tokens) + accepted, tokens[-1])
+        alternative = verdict.refused and not self._complete(tokens) and right in self._alternatives
+        if alternative:
+            row = chain + self._alternatives.index(right)
+            tokens = tokens + self._verdict(logits[row : row + 1], [], tokens).tokens
+            rows.append(row)
+        last = tokens[-1]
+        fresh = len(tokens) > accepted
+        ended = self._complete(tokens)
         spec.confirm(accepted, normed)
         if fresh:
             spec.state.forget(len(spec.tokens))  # what it was told of the drafts that were refused
         hit, dropped = False, len(drafts) - accepted if fresh or ended else 0
         if fresh:
-            branch = spec.branches.get(last) if verdict.refused and spec.point == 0 else None
+            replaced = verdict.refused and not alternative
+            branch = spec.branches.get(last) if replaced and spec.point == 0 else None
             spec.restart()
-            spec.tokens.append(last)
-            spec.fresh = normed[accepted : accepted + 1]
+            spec.tokens += tokens[accepted:]
+            spec.fresh = normed[rows]
             if branch is not None:
                 hit = True
                 spec.drafts = list(branch)
         elif ended:
             spec.restart()
-        self._turn = Turn(verdict.tokens, verdict.refused, fresh, tuple(judged), dropped, hit)
+        self._turn = Turn(
+            tokens,
+            verdict.refused,
+            alternative,
+            fresh,
+            tuple(judged),
+            dropped,
+            len(self._alternatives),
+            hit,
+        )
         # Where the text ends, nobody needs the last token's states.
         if not ended and (fresh or (self._go_on and not self._enough())):
             self._extend()
 
+    def _verdict(self, logits: torch.Tensor, drafts: list[Draft], before: list[int]) -> Verdict:
+        """What the target says of drafts, or of the token, behind the certain ones and those `before`."""
+        spec = self._spec
+        return judge(
+            logits,
+            drafts,
+            spec.params,
+            len(spec.tokens) + len(before),
+            sampler=spec.sampler,
+            stop_ids=spec.stop_ids,
+            most=self._most - len(before),
+        )
+
+    def _complete(self, tokens: list[int]) -> bool:
+        """Whether the text ends with these new tokens."""
+        return len(tokens) >= self._most or tokens[-1] in self._spec.stop_ids
+
     def embedded(self, hidden: torch.Tensor) -> None:
         """See Job."""
         spec, first, tokens = self._spec, self.start, self.ids
-        self.ids = []
+        if self.aside:
+            hidden, others = hidden[: len(tokens)], hidden[len(tokens) :]
+            spec.alternatives[first] = [
+                Alternative(token, others[index : index + 1]) for index, token in enumerate(self.aside)
+            ]
+        self.ids, self.aside = [], []
         certain = max(0, len(spec.tokens) - first)
         if certain:
-            last, hidden = hidden[certain - 1 : certain], hidden[certain:]
-            spec.cached, spec.held, spec.hidden[:1] = len(spec.tokens), [], [last]
+            new = 1 if spec.fresh is None else len(spec.fresh)
+            lacking, hidden = hidden[certain - new : certain], hidden[certain:]
+            spec.cached, spec.held, spec.hidden[:1] = len(spec.tokens), [], [lacking]
             if spec.fresh is not None:
-                spec.noted.append((len(spec.tokens) - 1, last, spec.fresh))
+                spec.noted.append((len(spec.tokens) - new, lacking, spec.fresh))
                 spec.tell_drafter()
                 spec.fresh = None
             first, tokens = len(spec.tokens), tokens[certain:]
@@ -200,13 +240,11 @@ class TurnJob(Job):
     def wish(self) -> Wish:
         """What the drafter is asked."""
         spec = self._spec
-        return Wish(
-            spec.state,
-            self._text(),
-            spec.params,
-            spec.sampler == REJECTION and spec.params.temperature > 0,
-            self._plan.others,
-        )
+        return Wish(spec.state, self._text(), spec.params, self._rejecting, self._plan.others)
+
+    @property
+    def _rejecting(self) -> bool:
+        return self._spec.sampler == REJECTION and self._spec.params.temperature > 0
 
     def drafted(self, draft: Draft) -> bool:
         """Take a draft; whether another pass follows."""
@@ -220,6 +258,8 @@ class TurnJob(Job):
         else:
             spec.drafts.append(draft)
             self.start = spec.end - 1
+            if not self._rejecting:  # which judges one candidate for each position
+                self.aside = list(draft.others[: self._plan.alternatives(spec.drafts)])
         self.ids = [draft.token]
         return True
 
@@ -228,7 +268,7 @@ class TurnJob(Job):
         spec = self._spec
         if self._branch is None:
             del spec.drafts[max(0, len(spec.hidden) - 1) :]
-        self.ids = []
+        self.ids, self.aside = [], []
         self._starved = spec.cached < len(spec.tokens)
 
     def result(self) -> Turn:

@@ -21,7 +21,7 @@ from hat_runtime.wire.codec import dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 2
+PROTOCOL_MINOR = 3
 TELEMETRY_EVERY_S = 5.0
 
 
@@ -158,6 +158,11 @@ class CloudLink:
         self.metrics.accepted_tokens.inc(accepted)
         self.metrics.draft_tokens.inc(drafted)
         self.acceptance.add(accepted, drafted)
+
+    def saw_alternatives(self, checked: int, accepted: bool) -> None:
+        """Note a round's alternatives, and whether one of them was right (called by the answers)."""
+        self.metrics.alternatives.inc(checked)
+        self.metrics.alternatives_accepted.inc(accepted)
 
     def send_telemetry(
         self, session: CloudSession, *, shallow_s_per_token: float, chunk: int, ttft_s: float

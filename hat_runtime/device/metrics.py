@@ -36,6 +36,14 @@ class DeviceMetrics:
         self.accepted_tokens = Counter(
             "hat_accepted_tokens", "Guessed tokens that the target agreed with.", registry=registry
         )
+        self.alternatives = Counter(
+            "hat_alternatives",
+            "Other candidates for guessed tokens that were checked along with them.",
+            registry=registry,
+        )
+        self.alternatives_accepted = Counter(
+            "hat_alternatives_accepted", "Of these, tokens that the target agreed with.", registry=registry
+        )
         self.drafting = Gauge(
             "hat_drafting",
             "1 while the device drafts; 0 where there is no drafter, or drafts do not pay.",

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hat_runtime.control.cost import LinearCost
 from hat_runtime.control.drafting import (
     Calibration,
     RoundTimes,
     StopRule,
     Throttle,
+    average,
     window_tokens,
     worth_sending_ahead,
 )
@@ -22,6 +24,10 @@ from hat_runtime.errors import UsageError
 
 MOST_AHEAD = 32
 """Drafts that are never exceeded, sent or not."""
+MOST_ALTERNATIVES = 3
+"""Of one draft, where they are chosen by their worth."""
+UNKNOWN_ROW_WORTH = 0.05
+"""Tokens that an alternative must be expected to give while its cost is not known."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class DraftConfig:
     branches: int = 1
     """Candidates for the token behind a round whose continuations are drafted while the round is checked; 0: the
     device waits."""
+    alternatives: int | None = None
+    """Other candidates for each draft that are checked along with it; None: those that are worth a row, at most
+    MOST_ALTERNATIVES. Sampler "rejection" has none."""
     sampler: str = COUPLED
     adaptive: bool = True
     """Stop drafting where it does not pay."""
@@ -50,6 +59,8 @@ class DraftConfig:
             raise UsageError(f"--window {self.window}: must be auto or 1 to 16 rounds")
         if not 0 <= self.branches <= 8:
             raise UsageError(f"--branches {self.branches}: must be 0 to 8")
+        if self.alternatives is not None and not 0 <= self.alternatives <= 8:
+            raise UsageError(f"--alternatives {self.alternatives}: must be auto or 0 to 8")
         if self.sampler not in SAMPLERS:
             raise UsageError(f"--sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
 
@@ -66,6 +77,11 @@ class DraftPolicy:
     throttle: Throttle = field(default_factory=Throttle)
     compute_s: float = 0.0
     """The cloud's part of a round, seen last."""
+    row_link_s: float = 0.0
+    """What the link takes for one more row, up and down."""
+    _pass_cost: LinearCost = field(default_factory=LinearCost)
+    _company: float = 1.0
+    """Rows of a pass for each of the own ones: whoever shares it waits for them too."""
     _blocking_s: float = 0.0
     """Time of the drafts that the round under way had to wait for."""
 
@@ -74,12 +90,51 @@ class DraftPolicy:
         """Whether the next round should draft."""
         return self.available and (self.throttle.drafting or not self.config.adaptive)
 
-    def plan(self) -> DraftPlan:
-        """For a round's drafts."""
+    def plan(self, *, alternatives: bool = False) -> DraftPlan:
+        """For a round's drafts; `alternatives`: the cloud checks such."""
         if not self.drafting:
             return NO_DRAFTS
         worth = self.times.least_worth
-        return DraftPlan(lambda drafts: self._full(drafts, worth))
+        if not alternatives or not self._most_alternatives:
+            return DraftPlan(lambda drafts: self._full(drafts, worth))
+        return DraftPlan(
+            lambda drafts: self._full(drafts, worth), self._most_alternatives, self._worth_checking
+        )
+
+    @property
+    def _most_alternatives(self) -> int:
+        return MOST_ALTERNATIVES if self.config.alternatives is None else self.config.alternatives
+
+    def _worth_checking(self, drafts: Sequence[Draft]) -> int:
+        """How many alternatives of the last of these drafts are worth a row.
+
+        Each is right with the chance that all drafts before it are, that its own draft is not, and that it is then the
+        token: a row pays if that chance of one token more exceeds the row's time over a token's.
+        """
+        if self.config.alternatives is not None:
+            return self.config.alternatives
+        *before, draft = drafts
+        missed = math.prod(self.expected(before)) * (1 - self.calibration.rate(draft.source, draft.confidence))
+        for rank in range(1, MOST_ALTERNATIVES + 1):
+            chance = self.calibration.rate_of_other(draft.source, draft.confidence, rank)
+            if missed * chance < self.least_row_worth:
+                return rank - 1
+        return MOST_ALTERNATIVES
+
+    @property
+    def least_row_worth(self) -> float:
+        """Tokens that a row more must be expected to give."""
+        fit = self._pass_cost.fit()
+        token_s = self.times.token_s
+        if fit is None or not token_s:
+            return UNKNOWN_ROW_WORTH
+        return (fit[1] * self._company + self.row_link_s) / token_s
+
+    def saw_pass(self, batch_tokens: int, rows: int, compute_s: float) -> None:
+        """A round of `rows` was computed in `compute_s` seconds together with others, `batch_tokens` rows in all."""
+        self.compute_s = compute_s
+        self._pass_cost.observe(batch_tokens, compute_s)
+        self._company = average(self._company, max(1.0, batch_tokens / rows))
 
     def works_ahead(self, answers: int) -> bool:
         """Whether to draft while a round is checked, with so many answers waiting for the cloud.
@@ -89,13 +144,16 @@ class DraftPolicy:
         """
         return answers <= 1 or not self.config.adaptive
 
-    def ahead(self, spec: Speculation, sent: int, elapsed_s: float) -> DraftPlan | None:
+    def ahead(
+        self, spec: Speculation, sent: int, elapsed_s: float, *, alternatives: bool = False
+    ) -> DraftPlan | None:
         """For one more draft while a round is checked; None: enough.
 
         Args:
             spec: the answer's chain.
             sent: its drafts that were sent.
             elapsed_s: since then.
+            alternatives: the cloud checks such.
         """
         unsent = len(spec.drafts) - sent
         if not self.drafting or not self.config.branches or len(spec.drafts) >= MOST_AHEAD:
@@ -107,8 +165,11 @@ class DraftPolicy:
         ):
             return None
         goal = len(spec.drafts) + 1
-        others = self.config.branches - 1 if unsent == 0 else 0
-        return DraftPlan(lambda drafts: len(drafts) >= goal, others)
+        if unsent == 0:  # judged by the round under way, which has left without alternatives to it
+            return DraftPlan(lambda drafts: len(drafts) >= goal, self.config.branches - 1)
+        if not alternatives:
+            return DraftPlan(lambda drafts: len(drafts) >= goal)
+        return DraftPlan(lambda drafts: len(drafts) >= goal, self._most_alternatives, self._worth_checking)
 
     def branch(self, spec: Speculation, sent: int, elapsed_s: float) -> tuple[int, DraftPlan] | None:
         """Another candidate for the first draft that was not sent, and how far to draft behind it; None: enough."""
@@ -116,7 +177,7 @@ class DraftPolicy:
         if not self.drafting or room < 1 or len(spec.drafts) <= sent:
             return None
         taken = spec.branches if spec.point == sent else ()
-        left = [token for token in spec.drafts[sent].others if token not in taken]
+        left = [token for token in spec.drafts[sent].others[: self.config.branches - 1] if token not in taken]
         if not left:
             return None
         return left[0], DraftPlan(lambda drafts: len(drafts) >= room)
@@ -139,8 +200,10 @@ class DraftPolicy:
 
     def learn(self, turn: Turn) -> None:
         """What the target said of drafts, and what drafts cost."""
-        for draft, accepted in turn.judged:
+        for (draft, accepted), token in zip(turn.judged, turn.tokens, strict=False):
             self.calibration.observe(draft.source, draft.confidence, accepted)
+            if not accepted:
+                self.calibration.observe_others(draft.source, draft.confidence, draft.others, token)
         if turn.drafts:
             self.times.saw_draft(turn.draft_s / turn.drafts)
 

@@ -41,6 +41,10 @@ class GenerationStats:
     """Tokens that the device guessed."""
     accepted_tokens: int = 0
     """How many of them the target agreed with."""
+    alternatives: int = 0
+    """Other candidates for guessed tokens that were checked along with them."""
+    alternatives_accepted: int = 0
+    """How many of them the target said in a guess's place."""
     refusals: int = 0
     """Rounds in which the target put another token in a guess's place."""
     finish_reason: str = ""

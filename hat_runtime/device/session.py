@@ -21,6 +21,9 @@ from hat_runtime.wire import codec
 if TYPE_CHECKING:
     from hat_runtime.device.link import CloudLink
 
+ALTERNATIVES_SINCE = 3
+"""Minor protocol version."""
+
 
 class CloudSession:
     """One open session. For the event loop's thread only; `CloudLink.open_session` makes it.
@@ -38,6 +41,8 @@ class CloudSession:
         self.epoch = 0
         self.committed = 0
         self.evictions = 0
+        self.takes_alternatives = False
+        """The cloud knows Step.alternatives; it says so before its first Result."""
         self.draining = False
         """The cloud announced that it goes away: open no further request on this session."""
         self.error: HatError | None = None
@@ -90,7 +95,14 @@ class CloudSession:
         await asyncio.shield(self._opened)
 
     def submit(
-        self, start: int, hidden: torch.Tensor, want: Want, request_id: str = "", *, decode: bool = False
+        self,
+        start: int,
+        hidden: torch.Tensor,
+        want: Want,
+        request_id: str = "",
+        *,
+        decode: bool = False,
+        alternatives: tuple[int, ...] = (),
     ) -> asyncio.Future[StepResult]:
         """Queue one Step and return the future of its Result.
 
@@ -100,6 +112,8 @@ class CloudSession:
             want: NONE, LAST or ALL.
             request_id: names the request in the cloud's log; for the first Step of a request.
             decode: the rows are no prompt's, so the binding's decode codec encodes them.
+            alternatives: positions for which the last rows are other choices; fewer than n, only with ALL, and only
+                if `takes_alternatives`. They bring deep states and leave nothing behind.
 
         Returns:
             A future. A Step that starts beyond what the cloud holds (it was evicted) is answered stale at once.
@@ -118,7 +132,7 @@ class CloudSession:
             raise ValueError(f"shallow states are {hidden.dtype} {list(hidden.shape)}, not {self.binding}")
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         if start > self._end:
-            future.set_result(StepResult(True, start, len(hidden)))
+            future.set_result(StepResult(True, start, len(hidden) - len(alternatives)))
             return future
         step = Step(
             self.epoch,
@@ -130,6 +144,7 @@ class CloudSession:
             alone=not self._unanswered,
             codec=self.binding.encoding(decode),
             decode=decode,
+            alternatives=alternatives,
         )
         self._queue(step)
         return future
@@ -251,6 +266,7 @@ class CloudSession:
             opened = message.opened
             self.session_id = opened.session_id
             self.limits, self.cost = opened.limits, opened.cost
+            self.takes_alternatives = opened.protocol_minor >= ALTERNATIVES_SINCE
             if not self._opened.done():
                 self._opened.set_result(None)
 

@@ -55,7 +55,7 @@ class StepResult:
     start: int
     n: int
     deep: torch.Tensor | None = None
-    """[1, hidden_size] for LAST, [n, hidden_size] for ALL, None for NONE or a stale Step."""
+    """[1, hidden_size] for LAST, [n + alternatives, hidden_size] for ALL, None for NONE or a stale Step."""
     queue_s: float = 0.0
     compute_s: float = 0.0
     batch_tokens: int = 0
@@ -79,24 +79,26 @@ class Step:
     codec: RowCodec = field(default_factory=lambda: codec_named(RAW))
     decode: bool = False
     """The codec is that of rows that are no prompt's."""
+    alternatives: tuple[int, ...] = ()
+    """Positions of the last rows, which are other choices for these positions (runtime.proto)."""
     submitted_s: float = field(default_factory=time.monotonic)
     received: bytearray = field(default_factory=bytearray)
 
     @property
     def n(self) -> int:
         """Tokens in the Step."""
-        return len(self.hidden)
+        return len(self.hidden) - len(self.alternatives)
 
     @property
     def sent_bytes(self) -> int:
         """Bytes of what it carries on the wire, for the estimate of the link's rate."""
-        n, hidden_size = self.hidden.shape
-        return n * self.codec.row_bytes(hidden_size, self.hidden.dtype)
+        rows, hidden_size = self.hidden.shape
+        return rows * self.codec.row_bytes(hidden_size, self.hidden.dtype)
 
     @property
     def rows_wanted(self) -> int:
         """Deep states that its Result brings."""
-        return {NONE: 0, LAST: 1, ALL: self.n}[self.want]
+        return {NONE: 0, LAST: 1, ALL: len(self.hidden)}[self.want]
 
     def messages(self, max_frame_bytes: int) -> Iterator[pb.DeviceMessage]:
         """The Step's frames; 0 stands for the protocol's own limit."""
@@ -112,5 +114,6 @@ class Step:
                     more=more,
                     request_id=self.request_id,
                     decode=self.decode,
+                    alternatives=self.alternatives,
                 )
             )

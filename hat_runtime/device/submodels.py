@@ -142,6 +142,7 @@ class DeviceModel:
         deep: torch.Tensor | None,
         plan: DraftPlan,
         *,
+        alternatives: tuple[tuple[int, int], ...] = (),
         most: int = 1,
         go_on: bool = True,
         branch: int | None = None,
@@ -151,8 +152,10 @@ class DeviceModel:
 
         Args:
             speculation: the answer's certain tokens and drafts; changed in place.
-            deep: deep states [n, hidden_size] of the last certain token and of the n - 1 drafts behind it, or None.
+            deep: deep states [n, hidden_size] of the last certain token and of the n - 1 drafts behind it, and then of
+                the alternatives; or None.
             plan: how far to draft.
+            alternatives: (position, token) of each alternative.
             most: tokens that the text may still grow by.
             go_on: draft behind a chain that holds as well; False: only behind a fresh token.
             branch: draft what follows if this token, and not the chain's, comes behind the drafts that were sent.
@@ -161,7 +164,16 @@ class DeviceModel:
                 and in the cloud.
         """
         future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-        job = TurnJob(speculation, future, deep, plan, most=most, go_on=go_on, branch=branch)
+        job = TurnJob(
+            speculation,
+            future,
+            deep,
+            plan,
+            alternatives=alternatives,
+            most=most,
+            go_on=go_on,
+            branch=branch,
+        )
         if deep is None:
             self._worker.submit([job])
             return await future

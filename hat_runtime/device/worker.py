@@ -172,7 +172,7 @@ class Worker:
     def _make_room(self, job: Job) -> None:
         if job.start < job.sequence.length:
             self._runner.cache.truncate(job.sequence, job.start)
-        self._runner.cache.reserve(job.sequence, job.start + len(job.ids))
+        self._runner.cache.reserve(job.sequence, job.start + len(job.ids) + len(job.aside))
 
     @staticmethod
     def _device_full(job: Job, error: OutOfPages) -> DeviceFull:
@@ -185,10 +185,14 @@ class Worker:
         if not jobs:
             return []
         began = time.perf_counter()
-        embedded = self._ends.embed(torch.tensor([token for job in jobs for token in job.ids]))
-        parts: tuple[torch.Tensor, ...] = embedded.split([len(job.ids) for job in jobs])  # type: ignore[no-untyped-call]
+        embedded = self._ends.embed(torch.tensor([token for job in jobs for token in [*job.ids, *job.aside]]))
+        rows = [len(job.ids) + len(job.aside) for job in jobs]
+        parts: tuple[torch.Tensor, ...] = embedded.split(rows)  # type: ignore[no-untyped-call]
         hidden = self._runner.run(
-            [Segment(job.sequence, job.start, part) for job, part in zip(jobs, parts, strict=True)]
+            [
+                Segment(job.sequence, job.start, part, aside=(job.start,) * len(job.aside))
+                for job, part in zip(jobs, parts, strict=True)
+            ]
         )
         if len(embedded) >= 16:
             self.shallow_s_per_token = (time.perf_counter() - began) / len(embedded)

@@ -23,6 +23,10 @@ class Segment:
     """False: only its keys and values matter, as for all but the last chunk of a prompt."""
     offset: int = 0
     """Position of the sequence's first token in its text, where the cache does not begin with the text."""
+    aside: tuple[int, ...] = ()
+    """Positions of the last rows, start <= p <= start + n - len(aside), where these are alternatives: tokens that may
+    stand at p instead. Each sees what is before p and itself, nothing sees it, and the sequence does not keep it: a
+    token tree (SpecInfer, arXiv 2305.09781) whose side branches are one token long."""
 
 
 class Layers(Protocol):
@@ -47,7 +51,7 @@ class LayerRunner:
         """One pass over any mix of segments, each of another sequence.
 
         A segment that starts before its sequence's end truncates the sequence first; afterwards the sequence ends
-        with the segment.
+        with the segment, its alternatives left out.
 
         Args:
             segments: at least one; the hidden states may be on any device.
@@ -76,13 +80,13 @@ class LayerRunner:
             count = len(segment.hidden)
             total = segment.start + count
             slots, run = self.cache.slots(segment.sequence, total), self.cache.run(segment.sequence, total)
-            spans.append(Span(first, count, segment.start, slots, run))
+            spans.append(Span(first, count, segment.start, slots, run, segment.aside))
             first += count
         device = self.layers.device
         hidden = torch.cat([segment.hidden.to(device) for segment in segments])
         positions = torch.cat(
             [
-                torch.arange(span.start + segment.offset, span.total + segment.offset, device=device)
+                span.positions(device) + segment.offset
                 for span, segment in zip(spans, segments, strict=True)
             ]
         )
@@ -90,7 +94,7 @@ class LayerRunner:
         batch = AttentionBatch(self.backend, self.cache, spans, cache_only=cache_only)
         deep = self.layers.forward(hidden, positions, batch)
         for segment in segments:
-            segment.sequence.length = segment.start + len(segment.hidden)
+            segment.sequence.length = segment.start + len(segment.hidden) - len(segment.aside)
         return [deep[span.first : span.first + span.count] for span in spans]
 
 

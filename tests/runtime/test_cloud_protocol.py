@@ -79,6 +79,46 @@ async def test_wants_chunks_and_rollbacks_give_the_exact_deep_states(
         assert (await session.end())[0] is grpc.StatusCode.OK
 
 
+async def test_alternatives_bring_deep_states_and_leave_nothing_behind(
+    cloud: RunningCloud, local: LocalSplit
+) -> None:
+    """Two Steps with alternatives, queued together, and one more: what each would say in its place."""
+    shallow, aside = local.shallow(TEXT), [31, 33, 33]
+    others = [torch.cat([TEXT[:at], TEXT[at : at + 1] - 1 - n]) for n, at in enumerate([*aside, 41])]
+    ends = [local.shallow(other) for other in others]
+    rows = torch.cat([end[-1:] for end in ends])
+    async with channel_to(cloud) as stub:
+        session = await open_session(stub, cloud)
+        await session.step(0, shallow[:30], pb.WANT_NONE)
+        await session.step(30, torch.cat([shallow[30:34], rows[:3]]), n=4, alternatives=aside)
+        await session.step(34, torch.cat([shallow[34:41], rows[3:]]), n=7, alternatives=[41])
+        await session.step(41, shallow[41:])
+        _, first, second, third = [await session.result() for _ in range(4)]
+        assert (first.n, second.n, third.n) == (4, 7, len(TEXT) - 41)
+        said = torch.cat([states(result) for result in (first, second, third)])
+        deep = local.deep(shallow)
+        alternatives = [local.deep(end)[-1:] for end in ends]
+        expected = torch.cat([deep[30:34], *alternatives[:3], deep[34:41], alternatives[3], deep[41:]])
+        torch.testing.assert_close(said, expected, atol=1e-4, rtol=1e-4)
+
+
+async def test_alternatives_need_room_in_the_session(cloud: RunningCloud, local: LocalSplit) -> None:
+    """Two Steps whose alternatives do not fit together run in two passes; one that does not fit by itself is refused."""
+    shallow = local.shallow(TEXT)
+    async with channel_to(cloud) as stub:
+        session = await open_session(stub, cloud, max_tokens=40)
+        await session.step(0, shallow[:32], pb.WANT_NONE)
+        await session.step(32, shallow[32:38], n=4, alternatives=[33, 33])
+        await session.step(36, shallow[36:40], n=2, alternatives=[37, 37])
+        none, *results = [await session.result() for _ in range(3)]
+        assert none.n == 32
+        assert [len(states(result)) for result in results] == [6, 4]
+        await session.step(38, shallow[38:41], n=2, alternatives=[39])
+        code, details = await session.end()
+        assert code is grpc.StatusCode.OUT_OF_RANGE
+        assert "start_pos=38 + n=2 + 1 alternatives is beyond the session's 40 tokens" in details
+
+
 async def test_a_step_of_many_frames_is_one_step(tiny_llama: Path, local: LocalSplit) -> None:
     shallow = local.shallow(TEXT)
     async with running_cloud(config(tiny_llama)) as cloud, channel_to(cloud) as stub:
@@ -133,6 +173,15 @@ WRONG = {
     "wrong dtype": (_step(payload=bytes(2 * 64 * 2)), INVALID, "64 x float32 are 512 bytes"),
     "too many bytes": (_step(payload=bytes(2 * 64 * 4 + 4)), INVALID, "516 bytes"),
     "forward jump": (_step(start_pos=9), INVALID, "start_pos=9 jumps forward: 8 tokens are committed"),
+    "alternative before the Step": (
+        _step(n=1, alternatives=[7]), INVALID, "Step.alternatives holds 7, which is not 8 to 9"
+    ),
+    "alternative behind the Step": (_step(n=1, alternatives=[10]), INVALID, "holds 10, which is not 8 to 9"),
+    "alternatives of a chunk": (
+        _step(n=1, alternatives=[9], want=pb.WANT_LAST), INVALID, "Step.want must be ALL"
+    ),
+    "alternatives without rows": (_step(alternatives=[9]), INVALID, "512 bytes, but n=3 rows of 64 x float32"),
+    "too many alternatives": (_step(n=1, alternatives=[9] * 2048), INVALID, "and 2048 alternatives are more"),
     "no tokens": (_step(n=0, payload=b""), INVALID, "Step.n=0"),
     "too many tokens": (_step(n=5000), INVALID, "Step.n=5000"),
     "beyond the session": (

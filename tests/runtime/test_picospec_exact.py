@@ -53,10 +53,9 @@ async def test_greedy_text_is_the_whole_models(
         drafted = sum(request.stats.draft_tokens for request in requests)
         assert 0 <= accepted <= drafted
         if name == "target itself":
-            rounds = sum(request.stats.rounds for request in requests)
             assert accepted >= 3 * NEW * (0.3 if gamma == 1 else 0.5)
-            # With one draft a round and the chain going on, a round gives its draft and no bonus token.
-            assert rounds <= 3 * NEW if gamma == 1 else rounds < 3 * NEW
+            if gamma > 1:  # a round of one draft may give that draft and no token behind it
+                assert sum(request.stats.rounds for request in requests) < 3 * NEW
         elif name == "close":
             assert accepted > 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
 
+from hat_runtime.cloud import server
 from hat_runtime.device.policy import DraftConfig
 from hat_runtime.device.sampling import SamplingParams
 from tests.runtime.speculating import speculating
@@ -17,6 +18,7 @@ from tests.runtime.test_generator import Reference, answer, ask, ids, make_promp
 DRAFTERS = ("ngram", "adapter", "feature", "hybrid", "model")
 WINDOWS = (1, 2, None)
 BRANCHES = (1, 3)
+ALTERNATIVES = (0, 2, None)
 SLOW = ("100mbit,20ms", "100mbit,100ms,5ms")
 
 
@@ -35,11 +37,15 @@ def want(reference: Reference) -> list[list[int]]:
 
 
 async def check_texts(
-    model: Path, drafter: str, want: list[list[int]], grid: Iterable[tuple[int | None, int]], link: str
+    model: Path,
+    drafter: str,
+    want: list[list[int]],
+    grid: Iterable[tuple[int | None, int, int | None]],
+    link: str,
 ) -> None:
-    """Alone, and several at a time, for (window, branches) of a grid."""
-    for window, branches in grid:
-        config = DraftConfig(4, window=window, branches=branches, adaptive=False)
+    """Alone, and several at a time, for (window, branches, alternatives) of a grid."""
+    for window, branches, alternatives in grid:
+        config = DraftConfig(4, window=window, branches=branches, alternatives=alternatives, adaptive=False)
         async with speculating(model, drafter, config, link) as (generator, _):
             if not link:
                 assert await answer(generator, PROMPTS[0], NEW) == want[0]
@@ -53,8 +59,13 @@ async def check_texts(
 async def test_greedy_text_is_the_whole_models(
     tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str, link: str
 ) -> None:
-    """The whole grid on loopback; over slow links each window and number of branches once."""
-    grid = product(WINDOWS, BRANCHES) if not link else zip(WINDOWS, (3, 1, 3), strict=True)
+    """Windows and branches in all combinations on loopback; over slow links each of all once."""
+    grid: Iterable[tuple[int | None, int, int | None]]
+    if link:
+        grid = zip(WINDOWS, (3, 1, 3), (None, 2, 0), strict=True)
+    else:
+        pairs = product(WINDOWS, BRANCHES)
+        grid = ((*pair, others) for pair, others in zip(pairs, cycle((2, None, 0, 2)), strict=False))
     await check_texts(tiny_llama, drafters[drafter], want, grid, link)
 
 
@@ -64,7 +75,7 @@ async def test_greedy_text_is_the_whole_models(
 async def test_greedy_text_over_the_whole_grid(
     tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str, link: str
 ) -> None:
-    await check_texts(tiny_llama, drafters[drafter], want, product(WINDOWS, BRANCHES), link)
+    await check_texts(tiny_llama, drafters[drafter], want, product(WINDOWS, BRANCHES, ALTERNATIVES), link)
 
 
 @pytest.mark.parametrize("drafter", ["model", "feature", "hybrid"])
@@ -81,12 +92,51 @@ async def test_drafts_are_accepted(
         drafted = sum(request.stats.draft_tokens for request in requests)
         assert 0 < accepted < drafted
         rounds = sum(request.stats.rounds for request in requests)
-        assert rounds < sum(map(len, want)) <= rounds + accepted
+        others = sum(request.stats.alternatives_accepted for request in requests)
+        assert rounds < sum(map(len, want)) <= rounds + accepted + others
         sample = generator.metrics.registry.get_sample_value
         assert sample("hat_accepted_tokens_total") == accepted
         assert sample("hat_draft_tokens_total") == drafted
+        assert sample("hat_alternatives_accepted_total") == others
+        assert sample("hat_alternatives_total") == sum(request.stats.alternatives for request in requests)
         assert sample("hat_verify_rounds_total") == rounds
         assert cloud.metrics.registry.get_sample_value("hat_verify_passes_total") == rounds
+
+
+@pytest.mark.parametrize("link", ["", "100mbit,20ms"])
+@pytest.mark.parametrize("drafter", ["model", "feature"])
+async def test_a_right_alternative_gives_the_token_behind_it_as_well(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], drafter: str, link: str
+) -> None:
+    rounds = {}
+    for alternatives in (0, 3):
+        config = DraftConfig(4, window=1, branches=0, alternatives=alternatives, adaptive=False)
+        async with speculating(tiny_llama, drafters[drafter], config, link) as (generator, _):
+            requests = [ask(generator, prompt, NEW) for prompt in PROMPTS]
+            for request, text in zip(requests, want, strict=True):
+                assert await ids(generator, request) == text
+        stats = [request.stats for request in requests]
+        right = sum(one.alternatives_accepted for one in stats)
+        rounds[alternatives] = sum(one.rounds for one in stats)
+        assert sum(one.alternatives for one in stats) >= right
+        assert (right > 0) == (alternatives > 0)
+        assert right <= sum(one.refusals for one in stats)
+        # Each round gives its accepted drafts and one token, or an alternative and the token behind it.
+        tokens = rounds[alternatives] + sum(one.accepted_tokens for one in stats) + right
+        assert sum(map(len, want)) <= tokens <= sum(map(len, want)) + 5 * len(want)
+    assert rounds[3] < rounds[0]
+
+
+async def test_a_cloud_of_before_1_3_is_sent_no_alternatives(
+    tiny_llama: Path, drafters: dict[str, str], want: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PROTOCOL", (1, 2))
+    config = DraftConfig(4, alternatives=3, adaptive=False)
+    async with speculating(tiny_llama, drafters["model"], config) as (generator, _):
+        request = ask(generator, PROMPTS[0], NEW)
+        assert await ids(generator, request) == want[0]
+        assert request.stats.draft_tokens > 0
+        assert request.stats.alternatives == 0
 
 
 async def test_the_model_as_its_own_drafter_is_always_right(
@@ -109,7 +159,10 @@ async def test_coupled_sampling_is_plain_seeded_sampling(
     async with speculating(tiny_llama, "none", DraftConfig()) as (generator, _):
         plain = [await answer(generator, prompt, NEW, sampling=sampling) for prompt in PROMPTS[:3]]
     for drafter in (*DRAFTERS, "itself"):
-        for config in (DraftConfig(4, window=1), DraftConfig(3, branches=3, adaptive=False)):
+        for config in (
+            DraftConfig(4, window=1, alternatives=2),
+            DraftConfig(3, branches=3, adaptive=False),
+        ):
             async with speculating(tiny_llama, drafters[drafter], config, "100mbit,20ms") as (generator, _):
                 requests = [ask(generator, prompt, NEW, sampling=sampling) for prompt in PROMPTS[:3]]
                 assert await asyncio.gather(*(ids(generator, r) for r in requests)) == plain

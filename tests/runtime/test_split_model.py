@@ -75,6 +75,36 @@ def test_packed_passes_with_truncations_equal_the_whole_model(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.inference_mode()
+def test_an_alternative_is_computed_as_if_it_stood_there_and_leaves_nothing_behind(
+    architecture: str, tiny_models: dict[str, Path]
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny_models[architecture], dtype=torch.float32).eval()
+    ends, shallow, middle = load_split(tiny_models[architecture])
+    text, others, at = torch.randint(3, 199, (50,)), torch.randint(3, 199, (3,)), (41, 43, 43)
+    pair, other = (PagedSequence(), PagedSequence()), (PagedSequence(), PagedSequence())
+
+    def run(pair: tuple[PagedSequence, PagedSequence], ids: torch.Tensor, aside: tuple[int, ...] = ()) -> torch.Tensor:
+        start = pair[0].length
+        hidden = shallow.run([Segment(pair[0], start, ends.embed(ids), aside=aside)])[0]
+        assert pair[0].length == start + len(ids) - len(aside)
+        # Not alone in the pass, so that both ways to read the cache are seen.
+        deep = middle.run(
+            [Segment(pair[1], start, hidden, aside=aside), Segment(other[1], other[1].length, hidden[:2])]
+        )[0]
+        return ends.head(deep)
+
+    run(pair, text[:40])
+    said = run(pair, torch.cat([text[40:45], others]), at)
+    expected = whole(text[None]).logits[0]
+    torch.testing.assert_close(said[:5], expected[40:45], atol=2e-4, rtol=1e-4)
+    for row, (token, position) in enumerate(zip(others, at, strict=True), start=5):
+        instead = whole(torch.cat([text[:position], token[None]])[None]).logits[0, -1]
+        torch.testing.assert_close(said[row], instead, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(run(pair, text[45:]), expected[45:], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_side_holds_exactly_its_parameters(architecture: str, tiny_models: dict[str, Path]) -> None:
     folder = tiny_models[architecture]
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -126,6 +126,8 @@ def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
             "rounds": sum(stats.rounds for stats in all_stats),
             "draft_tokens": sum(stats.draft_tokens for stats in all_stats),
             "accepted_tokens": sum(stats.accepted_tokens for stats in all_stats),
+            "alternatives": sum(stats.alternatives for stats in all_stats),
+            "alternatives_accepted": sum(stats.alternatives_accepted for stats in all_stats),
             "refusals": sum(stats.refusals for stats in all_stats),
             "chunk_tokens": max((stats.chunk_tokens for stats in all_stats), default=0),
             "cloud_compute_s": round(sum(stats.cloud_compute_s for stats in all_stats), 6),

@@ -23,11 +23,18 @@ class Span:
     """int64 [start + count]: where the sequence's positions lie in the cache, the new ones included."""
     run: slice | None = None
     """The same as a slice, where they follow one another: read and written without gathering."""
+    aside: tuple[int, ...] = ()
+    """Positions of the last rows, where these are alternatives to others (Segment.aside)."""
 
     @property
     def total(self) -> int:
-        """Tokens that the sequence has after the pass."""
+        """Slots that the sequence uses in the pass."""
         return self.start + self.count
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Where the new tokens stand in the sequence: int64 [count]."""
+        chain = torch.arange(self.start, self.total - len(self.aside), device=device)
+        return torch.cat([chain, torch.tensor(self.aside, device=device)]) if self.aside else chain
 
 
 class AttentionBatch:
@@ -66,6 +73,8 @@ def _new_run(spans: list[Span]) -> slice | None:
 
 class AttentionBackend(ABC):
     """Append attention: each new token attends to all tokens of its sequence up to itself (or the last `window`).
+
+    An alternative attends to what is before its position, and to itself.
 
     Prompt chunks, verification of several tokens and plain decoding are the same call with other counts.
     """

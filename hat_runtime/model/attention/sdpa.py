@@ -102,7 +102,12 @@ class SdpaAttention(AttentionBackend):
     ) -> torch.Tensor:
         """One sequence: query [heads, count, head_dim] -> [count, heads, head_dim]."""
         oldest = 0 if window is None else max(0, span.start - window + 1)
-        plain = span.start == 0 and span.count > 1 and (window is None or window >= span.count)
+        plain = (
+            span.start == 0
+            and span.count > 1
+            and not span.aside
+            and (window is None or window >= span.count)
+        )
         mask = None if plain else _span_mask(plan, span, oldest, window, query)
         k, v = (_of_span(cached, span, oldest).transpose(0, 1)[None] for cached in (keys, values))
         blocks = []
@@ -150,9 +155,10 @@ def _span_mask(
         return None
     mask = plan.masks.get((span.first, window))
     if mask is None:
-        new = torch.arange(span.start, span.total, device=query.device)[:, None]
+        new = span.positions(query.device)[:, None]
+        own = torch.arange(span.start, span.total, device=query.device)[:, None]
         seen = torch.arange(oldest, span.total, device=query.device)[None, :]
-        hidden = seen > new
+        hidden = (seen >= new) & (seen != own)
         if window is not None:
             hidden |= seen <= new - window
         mask = plan.masks[(span.first, window)] = _additive(hidden, query)

@@ -373,7 +373,8 @@ Global___Resume: _TypeAlias = Resume  # noqa: Y015
 @_typing.final
 class Step(_message.Message):
     """A Step travels as one or more frames: `more` is true on all but the last, and all frames of a Step repeat its
-    epoch, start_pos, n, want and decode. The payload of a Step is n rows of one of the session's codecs.
+    epoch, start_pos, n, want, decode and alternatives. The payload of a Step is n rows of one of the session's codecs,
+    and one more for each alternative.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -386,6 +387,7 @@ class Step(_message.Message):
     MORE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Raised by the device when it discards tokens that it has sent. A queued Step of an older epoch is answered STALE."""
@@ -402,6 +404,14 @@ class Step(_message.Message):
     decode: _builtins.bool
     """The rows are encoded in Open.decode_codec instead of Open.codec. Since 1.2."""
     @_builtins.property
+    def alternatives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions of rows behind the n: row n + i is another token for position alternatives[i], start_pos <= position <=
+        start_pos + n. It sees what is before that position and itself; nothing sees it, and the KV cache does not keep it: a
+        token tree whose side branches are one token long. Together with n at most limits.max_step_tokens; want must be ALL,
+        and the Result has n rows and one more for each alternative. Since 1.3.
+        """
+
+    @_builtins.property
     def tokens(self) -> Global___TokenStep:
         """Token mode: the n tokens of the Step, in place of a payload; a token Step is one frame. Since 1.2."""
 
@@ -416,11 +426,12 @@ class Step(_message.Message):
         more: _builtins.bool = ...,
         request_id: _builtins.str = ...,
         decode: _builtins.bool = ...,
+        alternatives: _abc.Iterable[_builtins.int] | None = ...,
         tokens: Global___TokenStep | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "request_id", b"request_id", "start_pos", b"start_pos", "tokens", b"tokens", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "decode", b"decode", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "request_id", b"request_id", "start_pos", b"start_pos", "tokens", b"tokens", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,12 +609,15 @@ class Opened(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """128 random bits, in hexadecimal."""
     committed: _builtins.int
     """Tokens in the session's KV cache: 0 for a new session."""
     replica: _builtins.str
     """Address of the replica that holds the session, where it is known."""
+    protocol_minor: _builtins.int
+    """Minor protocol version of the cloud that holds the session; 0 before 1.3."""
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     @_builtins.property
@@ -616,10 +630,11 @@ class Opened(_message.Message):
         limits: Global___Limits | None = ...,
         cost: Global___CostHints | None = ...,
         replica: _builtins.str = ...,
+        protocol_minor: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "cost", b"cost", "limits", b"limits", "replica", b"replica", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "cost", b"cost", "limits", b"limits", "protocol_minor", b"protocol_minor", "replica", b"replica", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -671,7 +686,7 @@ class Result(_message.Message):
     start_pos: _builtins.int
     n: _builtins.int
     payload: _builtins.bytes
-    """WANT_NONE: empty. WANT_LAST: 1 row. WANT_ALL: n rows."""
+    """WANT_NONE: empty. WANT_LAST: 1 row. WANT_ALL: n rows, and one more for each alternative."""
     more: _builtins.bool
     queue_us: _builtins.int
     """From the Step's arrival to the start of its first pass, in microseconds of the cloud's clock."""
