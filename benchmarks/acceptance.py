@@ -8,7 +8,8 @@ runs on true states, a round ends with the first wrong guess, and no link or clo
 repetition, as a small model's do, flatter n-grams; they are counted with and without.
 
 feature+16 is `feature` with the deep states of the prompt's last 16 tokens, which `hat device serve` does not download:
-what it would be worth.
+what it would be worth. hybrid/3 is `hybrid` with the three next likeliest tokens for each draft checked along with it:
+where one of them is right, the round gives it and the token behind it.
 """
 
 from __future__ import annotations
@@ -88,14 +89,15 @@ def main() -> int:
         progress(f"answering {name}")
         texts[name] = list(_answers(teacher, folder, name, args))
     for option in args.drafters:
-        name_of, _, downloaded = option.partition("+")
+        name_of, _, alternatives = option.partition("/")
+        name_of, _, downloaded = name_of.partition("+")
         maker = drafter_maker(name_of, folder, weights_id, args.input_layers, torch.bfloat16, kv_tokens=4096)
         drafter = maker(teacher.ends)
         assert drafter is not None
         for name, answers in texts.items():
             progress(f"{option} on {name}")
             for answer in answers:
-                count = _rounds(drafter, teacher, answer, int(downloaded or 0))
+                count = _rounds(drafter, teacher, answer, int(downloaded or 0), int(alternatives or 0))
                 counts[option, name, answer.loops] += count
                 if name == "spec_bench":
                     counts[option, f"spec_bench: {answer.category}", answer.loops] += count
@@ -148,10 +150,13 @@ def _answer(teacher: Teacher, prompt: list[int], most: int, category: str) -> An
 
 
 @torch.inference_mode()
-def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered, downloaded: int) -> Count:
+def _rounds(
+    drafter: Drafter, teacher: Teacher, answer: Answered, downloaded: int, alternatives: int
+) -> Count:
     """The answer's rounds as the device would have them, after the first token.
 
-    The deep states of the prompt's last `downloaded` tokens are known to the drafter.
+    The deep states of the prompt's last `downloaded` tokens are known to the drafter; each draft is checked together
+    with `alternatives` others.
     """
     rule, count = StopRule(GAMMA, ETA), Count()
     state = drafter.open()
@@ -167,10 +172,10 @@ def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered, downloaded: in
         state.note(noted, shallow[noted:certain], normed[noted - 1 : certain - 1])
         noted = certain
         drafts: list[Draft] = []
-        right = 0
+        right = by_alternative = 0
         position = certain
         while position < len(ids):
-            wish = Wish(state, ids[:position], SamplingParams(), False, BRANCHES - 1)
+            wish = Wish(state, ids[:position], SamplingParams(), False, max(BRANCHES - 1, alternatives))
             (draft,) = drafter.propose([wish])
             if draft is None:
                 break
@@ -178,7 +183,8 @@ def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered, downloaded: in
             correct = draft.token == ids[position]
             drafter.calibration.observe(draft.source, draft.confidence, correct)
             if not correct:
-                count.covered += ids[position] in draft.others
+                count.covered += ids[position] in draft.others[: BRANCHES - 1]
+                by_alternative = int(ids[position] in draft.others[:alternatives])
                 break
             right += 1
             enough = rule.enough([one.confidence for one in drafts], [1.0], 0.0)
@@ -186,8 +192,9 @@ def _rounds(drafter: Drafter, teacher: Teacher, answer: Answered, downloaded: in
                 break
             state.note_draft(position, shallow[position : position + 1])
             position += 1
-        certain = min(len(ids), certain + right + 1)
-        count += Count(1, right + 1, len(drafts), right)
+        gave = right + by_alternative + 1
+        certain = min(len(ids), certain + gave)
+        count += Count(1, gave, len(drafts), right)
     drafter.release(state)
     return count
 
@@ -271,7 +278,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="default %(default)s")
     parser.add_argument("--input-layers", type=int, default=3, metavar="M")
     parser.add_argument(
-        "--drafters", nargs="+", default=["ngram", "adapter", "feature", "hybrid"], metavar="NAME"
+        "--drafters",
+        nargs="+",
+        default=["ngram", "adapter", "feature", "hybrid", "hybrid/1", "hybrid/3"],
+        metavar="NAME",
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the default model")
     parser.add_argument("--short", action="store_true", help="2 prompts of each set, no report")

@@ -55,6 +55,7 @@ def check(args: argparse.Namespace) -> None:
         ("--drafter", args.drafter, "auto"),
         ("--stop-threshold", args.stop_threshold, "auto"),
         ("--branches", args.branches, 1),
+        ("--alternatives", args.alternatives, "auto"),
     ):
         if value != default:
             raise UsageError(f"{option} {value} does not go with --mode picospec")

@@ -249,9 +249,7 @@ class Answer:
             sent = self._sent_end - len(spec.tokens)
             elapsed_s = time.monotonic() - oldest.sent_s
             branch: int | None = None
-            plan = policy.ahead(
-                spec, sent, elapsed_s, alternatives=self.current.session.takes_alternatives
-            )
+            plan = policy.ahead(spec, sent, elapsed_s, alternatives=self.current.session.takes_alternatives)
             if plan is None and policy.send_ahead(spec, sent, len(self._in_flight)):
                 self.send()
                 continue

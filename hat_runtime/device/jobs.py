@@ -124,7 +124,7 @@ class TurnJob(Job):
         Args:
             speculation: the answer's chain.
             future: for the Turn.
-            deep: deep states [n, hidden_size] of the last certain token and of the first n - 1 drafts, then those of the
+            deep: deep states [n, hidden_size] of the last certain token and of the first n - 1 drafts, then of the
                 alternatives; None: nothing is judged, the chain only grows.
             plan: how far to draft.
             alternatives: (position, token) of the last rows of `deep`.

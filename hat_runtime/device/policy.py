@@ -114,7 +114,9 @@ class DraftPolicy:
         if self.config.alternatives is not None:
             return self.config.alternatives
         *before, draft = drafts
-        missed = math.prod(self.expected(before)) * (1 - self.calibration.rate(draft.source, draft.confidence))
+        missed = math.prod(self.expected(before)) * (
+            1 - self.calibration.rate(draft.source, draft.confidence)
+        )
         for rank in range(1, MOST_ALTERNATIVES + 1):
             chance = self.calibration.rate_of_other(draft.source, draft.confidence, rank)
             if missed * chance < self.least_row_worth:

@@ -85,10 +85,7 @@ class LayerRunner:
         device = self.layers.device
         hidden = torch.cat([segment.hidden.to(device) for segment in segments])
         positions = torch.cat(
-            [
-                span.positions(device) + segment.offset
-                for span, segment in zip(spans, segments, strict=True)
-            ]
+            [span.positions(device) + segment.offset for span, segment in zip(spans, segments, strict=True)]
         )
         cache_only = not any(segment.wanted for segment in segments)
         batch = AttentionBatch(self.backend, self.cache, spans, cache_only=cache_only)

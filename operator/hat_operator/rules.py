@@ -63,6 +63,9 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "self.mode == 'hat' || self.speculation.branches == 1": lambda self: (
         self["mode"] == "hat" or self["speculation"]["branches"] == 1
     ),
+    "self.mode == 'hat' || !has(self.speculation.alternatives)": lambda self: (
+        self["mode"] == "hat" or "alternatives" not in self["speculation"]
+    ),
     (
         "self.speculation.sampler in "
         "(self.mode == 'hat' ? ['coupled', 'rejection'] : ['coupled', 'thinning', 'topk'])"

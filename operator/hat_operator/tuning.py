@@ -24,6 +24,7 @@ class Speculation:
     stop_threshold: float | None
     window: int | None
     branches: int
+    alternatives: int | None
     sampler: str
 
     @classmethod
@@ -37,6 +38,7 @@ class Speculation:
             stop_threshold=fields.decimal("stopThreshold") if fields.has("stopThreshold") else None,
             window=fields.number("window") if fields.has("window") else None,
             branches=fields.number("branches"),
+            alternatives=fields.number("alternatives") if fields.has("alternatives") else None,
             sampler=fields.text("sampler"),
         )
 

@@ -121,6 +121,19 @@ def test_longer_drafts_take_fewer_rounds_and_a_threshold_ends_them(drafting: Pro
     assert {"--stop-threshold", "--window"} & set(options(drafting)) == set()
 
 
+def test_alternatives_are_checked_as_many_as_are_wanted(drafting: Product) -> None:
+    """The trained drafter names them; n-grams have none."""
+    speculation = {"drafter": "feature", "sampler": "coupled", "alternatives": 2, "maxDraft": 3}
+    change(drafting, speculation=speculation)
+    assert options(drafting)["--alternatives"] == "2"
+    seen = usage(drafting, LONG_PROMPT, 32)
+    assert seen["draft_tokens"] > 0
+    assert 0 <= seen["alternatives_accepted"] <= seen["refusals"] <= seen["alternatives"]
+    assert metric(drafting, "hat_alternatives_total") >= seen["alternatives"] > 0
+    change(drafting, speculation={"alternatives": 0})
+    assert usage(drafting, LONG_PROMPT, 32)["alternatives"] == 0
+
+
 def test_no_drafter_and_codecs(drafting: Product) -> None:
     """Without drafts every token takes a round; int8 takes a row of a prompt in a quarter of float32, and a bit."""
     change(drafting, speculation={"drafter": "none"}, wire={"uplink": "int8", "uplinkDecode": "bf16"})

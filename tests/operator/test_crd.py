@@ -229,6 +229,7 @@ SPECULATION = {
     "stopThreshold": 0.35,
     "window": 16,
     "branches": 8,
+    "alternatives": 8,
     "sampler": "rejection",
 }
 WIRE = {"uplink": "int4", "uplinkDecode": "bf16", "downlink": "none"}

@@ -128,6 +128,10 @@ WRONG = {
     "branches": Wrong(
         {"spec.speculation.branches": 9}, ("spec.speculation.branches", "9", "less than or equal to 8")
     ),
+    "alternatives": Wrong(
+        {"spec.speculation.alternatives": 9},
+        ("spec.speculation.alternatives", "9", "less than or equal to 8"),
+    ),
     "port": Wrong(
         {"spec.cloud.expose.port": 65536}, ("spec.cloud.expose.port", "less than or equal to 65535")
     ),
@@ -169,6 +173,9 @@ WRONG = {
     ),
     "tokens-branches": Wrong(
         {"spec.speculation.branches": 2}, ("speculation.branches: goes with mode: hat only",), TOKENS
+    ),
+    "tokens-alternatives": Wrong(
+        {"spec.speculation.alternatives": 0}, ("speculation.alternatives: goes with mode: hat only",), TOKENS
     ),
     "tokens-rejection": Wrong(
         {"spec.speculation.sampler": "rejection"},

@@ -103,7 +103,7 @@ async def test_alternatives_bring_deep_states_and_leave_nothing_behind(
 
 
 async def test_alternatives_need_room_in_the_session(cloud: RunningCloud, local: LocalSplit) -> None:
-    """Two Steps whose alternatives do not fit together run in two passes; one that does not fit by itself is refused."""
+    """Two Steps whose alternatives do not fit together run in two passes; one that never fits is refused."""
     shallow = local.shallow(TEXT)
     async with channel_to(cloud) as stub:
         session = await open_session(stub, cloud, max_tokens=40)

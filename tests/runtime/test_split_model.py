@@ -84,7 +84,9 @@ def test_an_alternative_is_computed_as_if_it_stood_there_and_leaves_nothing_behi
     text, others, at = torch.randint(3, 199, (50,)), torch.randint(3, 199, (3,)), (41, 43, 43)
     pair, other = (PagedSequence(), PagedSequence()), (PagedSequence(), PagedSequence())
 
-    def run(pair: tuple[PagedSequence, PagedSequence], ids: torch.Tensor, aside: tuple[int, ...] = ()) -> torch.Tensor:
+    def run(
+        pair: tuple[PagedSequence, PagedSequence], ids: torch.Tensor, aside: tuple[int, ...] = ()
+    ) -> torch.Tensor:
         start = pair[0].length
         hidden = shallow.run([Segment(pair[0], start, ends.embed(ids), aside=aside)])[0]
         assert pair[0].length == start + len(ids) - len(aside)

@@ -262,3 +262,20 @@ class TestPace:
         pace = Pace()
         self.spend(pace, 200, 1.0, 1.0)
         assert self.spend(pace, 10_000, 1.0, 1.0) > 9_000
+
+
+class TestOthers:
+    def test_nothing_is_known_of_them_at_first(self) -> None:
+        calibration = Calibration()
+        rates = [calibration.rate_of_other("x", 0.5, rank) for rank in (1, 2, 3)]
+        assert rates == sorted(rates, reverse=True)
+        assert all(0 < rate < 0.5 for rate in rates)
+
+    def test_each_rank_is_counted_where_the_draft_was_refused(self) -> None:
+        calibration = Calibration()
+        for _ in range(60):
+            calibration.observe_others("x", 0.5, (7, 8, 9), 8)
+        assert calibration.rate_of_other("x", 0.5, 2) > 0.8
+        assert max(calibration.rate_of_other("x", 0.5, rank) for rank in (1, 3)) < 0.1
+        assert calibration.rate_of_other("y", 0.5, 2) < 0.2
+        assert calibration.rate("x", 0.5) == pytest.approx(0.5)

@@ -57,10 +57,13 @@ class Row:
 def make_rows(drafter: str) -> list[Row]:
     """The rows, each with a superset of the features of some row before it."""
     off = ("--drafter", "none")
-    waiting = ("--drafter", drafter, "--window", "1", "--branches", "0")
-    parallel = ("--drafter", drafter, "--window", "1", "--branches", "3")
-    piped = ("--drafter", drafter, "--window", "auto", "--branches", "3")
+    chain = ("--drafter", drafter, "--alternatives", "0")
+    waiting = (*chain, "--window", "1", "--branches", "0")
+    parallel = (*chain, "--window", "1", "--branches", "3")
+    piped = (*chain, "--window", "auto", "--branches", "3")
+    tree = ("--drafter", drafter, "--window", "auto", "--branches", "3")
     spec, ahead = {"speculation"}, {"speculation", "parallel drafting"}
+    everything = {"chunks", *ahead, "pipelining", "alternatives"}
     return [
         Row("U-shape", frozenset(), off),
         Row("server-only chunking", frozenset({"server chunks"}), off),
@@ -69,9 +72,6 @@ def make_rows(drafter: str) -> list[Row]:
         Row("+ both", frozenset({"chunks", *spec}), waiting),
         Row("+ parallel drafting", frozenset({"chunks", *ahead}), parallel),
         Row("+ pipelining", frozenset({"chunks", *ahead, "pipelining"}), piped),
-        Row(
-            "+ int8 uplink",
-            frozenset({"chunks", *ahead, "pipelining", "int8"}),
-            (*piped, "--uplink-codec", "int8"),
-        ),
+        Row("+ alternatives", frozenset(everything), tree),
+        Row("+ int8 uplink", frozenset({*everything, "int8"}), (*tree, "--uplink-codec", "int8")),
     ]

@@ -50,7 +50,9 @@ class Sample:
     rounds: int
     drafted: int
     accepted: int
-    refusals: int
+    """Alternatives included."""
+    positions: int
+    """Where a draft was judged whose predecessors were right."""
     bytes: int
 
 
@@ -174,8 +176,8 @@ def _sample(answer: Answer) -> Sample:
         hat["tbt_s"] or 0.0,
         hat["rounds"],
         hat["draft_tokens"],
-        hat["accepted_tokens"],
-        hat["refusals"],
+        hat["accepted_tokens"] + hat["alternatives_accepted"],
+        hat["accepted_tokens"] + hat["refusals"],
         hat["uplink_bytes"] + hat["downlink_bytes"],
     )
 
@@ -191,7 +193,7 @@ class Summary:
     tokens_a_round: float
     """Rounds of decoding; the prompt's is not one."""
     acceptance: float
-    """Of a draft whose predecessors were right."""
+    """Of a draft whose predecessors were right; a right alternative counts as one."""
     bytes_a_token: float
     """Both ways, of prompt and answer."""
     ttft_limit_s: float
@@ -203,7 +205,7 @@ class Summary:
 def summarise(row: Row, samples: Sequence[Sample], parts: LimitParts, t_draft: float) -> Summary:
     """The figures of a row; limits for each prompt's own length, at the row's measured acceptance."""
     accepted = sum(sample.accepted for sample in samples)
-    acceptance = accepted / max(1, accepted + sum(sample.refusals for sample in samples))
+    acceptance = accepted / max(1, sum(sample.positions for sample in samples))
     tbt_limit = row.tbt_limit(parts, acceptance, t_draft)
     ttft_limits = [row.ttft_limit(parts, sample.prompt_tokens) for sample in samples]
     decoding = [sample for sample in samples if sample.completion_tokens > 1]

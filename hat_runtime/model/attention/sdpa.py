@@ -103,10 +103,7 @@ class SdpaAttention(AttentionBackend):
         """One sequence: query [heads, count, head_dim] -> [count, heads, head_dim]."""
         oldest = 0 if window is None else max(0, span.start - window + 1)
         plain = (
-            span.start == 0
-            and span.count > 1
-            and not span.aside
-            and (window is None or window >= span.count)
+            span.start == 0 and span.count > 1 and not span.aside and (window is None or window >= span.count)
         )
         mask = None if plain else _span_mask(plan, span, oldest, window, query)
         k, v = (_of_span(cached, span, oldest).transpose(0, 1)[None] for cached in (keys, values))

@@ -143,6 +143,8 @@ def _drafting(wanted: Speculation) -> list[str]:
         found += ["--stop-threshold", str(wanted.stop_threshold)]
     if wanted.window is not None:
         found += ["--window", str(wanted.window)]
+    if wanted.alternatives is not None:
+        found += ["--alternatives", str(wanted.alternatives)]
     return found
 
 

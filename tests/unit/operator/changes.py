@@ -79,6 +79,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "speculation.stopThreshold": (0.5, {}),
     "speculation.window": (2, {}),
     "speculation.branches": (2, {}),
+    "speculation.alternatives": (2, {}),
     "speculation.sampler": ("rejection", {}),
     "chunking.tokens": (0, {}),
     "wire.uplink": ("int8", {}),

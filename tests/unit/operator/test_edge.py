@@ -55,7 +55,7 @@ def test_drafting_where_nothing_is_written() -> None:
     args = served_with()
     assert args.drafter == defaults().drafter == "auto"
     assert drafting(args) == drafting(defaults())
-    assert args.stop_threshold == args.window == "auto"
+    assert args.stop_threshold == args.window == args.alternatives == "auto"
     given = parse_uplink_codec(args.uplink_codec)
     assert given == parse_uplink_codec(defaults().uplink_codec)
     # In full, so that the CRD's defaults hold with an image that has others.
@@ -73,6 +73,7 @@ def test_drafting_where_nothing_is_written() -> None:
         ("stopThreshold", 1, {"stop_threshold": 1.0}),
         ("window", 2, {"window": 2}),
         ("branches", 8, {"branches": 8}),
+        ("alternatives", 0, {"alternatives": 0}),
         ("sampler", "rejection", {"sampler": "rejection"}),
     ],
 )

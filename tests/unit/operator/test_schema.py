@@ -167,6 +167,7 @@ def test_wrong_fields_are_named_with_their_value(path: str, value: Any, words: s
         ("speculation.drafter", "ngram", "speculation.drafter: in mode picospec the draft model drafts"),
         ("speculation.stopThreshold", 0.5, "speculation.stopThreshold: goes with mode: hat only"),
         ("speculation.branches", 2, "speculation.branches: goes with mode: hat only"),
+        ("speculation.alternatives", 2, "speculation.alternatives: goes with mode: hat only"),
         ("speculation.sampler", "rejection", "coupled, thinning or topk in mode picospec"),
         ("speculation.maxDraft", 33, "spec.speculation.maxDraft: 33: must be at most 32"),
         ("speculation", {"maxDraft": 5, "window": 13}, "maxDraft (4) times window (2) may be 64 at most"),
