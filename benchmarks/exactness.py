@@ -41,6 +41,7 @@ LINKS = (LOOPBACK, "100mbit,20ms", "100mbit,100ms,5ms")
 DRAFTERS = ("ngram", "adapter", "feature", "hybrid", "model")
 WINDOWS = ("1", "2", "auto")
 BRANCHES = ("1", "3")
+ALTERNATIVES = ("0", "2", "auto")
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,16 @@ def plain_settings() -> list[Setting]:
 
 
 def drafting_settings(draft_model: Path) -> list[Setting]:
-    """A pairwise cover of drafters x windows x branches x links: every two values meet in one of the settings."""
+    """A pairwise cover of drafters, windows, branches, alternatives and links: every two values meet in a setting."""
     settings = []
     for (d, drafter), (w, window) in itertools.product(enumerate(DRAFTERS), enumerate(WINDOWS)):
         branches, link = BRANCHES[(d + w) % len(BRANCHES)], LINKS[(d + w) % len(LINKS)]
         named = f"model:{draft_model}" if drafter == "model" else drafter
+        others = ALTERNATIVES[(d + 2 * w) % len(ALTERNATIVES)]
         how = ("--drafter", named, "--window", window, "--branches", branches, "--max-draft", "4")
-        options = (*how, *_load(8, 128))
+        options = (*how, "--alternatives", others, *_load(8, 128))
         name = f"{drafter}, window {window}, {branches} branch{'es' if branches != '1' else ''}"
+        name += f", alternatives {others}"
         settings.append(Setting(f"{name}, {link or 'loopback'}", options, link))
     return settings
 

@@ -81,6 +81,7 @@ class LockstepLink(CloudLink):
     def open_session(self, binding: Binding, **_: Any) -> CloudSession:
         """See CloudLink."""
         session = _Session(self, None, binding)  # type: ignore[arg-type]
+        session.takes_alternatives = True
         self.sessions.add(session)
         session.open(pb.Open(), self.limits, self.timeout_s)
         self._held[session] = _Held(PagedSequence(), deque())
@@ -114,8 +115,10 @@ class LockstepLink(CloudLink):
             return
         self.passes += 1
         live = [one for one in work if one[2].epoch == one[1].epoch]
-        segments = [Segment(held.sequence, step.start, step.hidden) for _, held, step in live]
-        rows_of_pass = sum(step.n for _, _, step in live)
+        segments = [
+            Segment(held.sequence, step.start, step.hidden, aside=step.alternatives) for _, held, step in live
+        ]
+        rows_of_pass = sum(len(step.hidden) for _, _, step in live)
         deep = iter(self.runner.run(segments) if live else [])
         for session, held, step in work:
             rows = torch.empty(0)
@@ -178,6 +181,7 @@ class _Model(DeviceModel):
         self.seen.update(f"{draft.source} refused" for draft, right in turn.judged if not right)
         self.seen["bonus"] += turn.fresh and not turn.refused and bool(turn.judged)
         self.seen["branch hit"] += turn.hit
+        self.seen["alternative"] += turn.alternative
         self.seen["drafted ahead"] += deep is None and bool(turn.drafts)
         self.seen["all accepted"] += deep is not None and len(deep) > 1 and not turn.fresh
         return turn

@@ -140,8 +140,9 @@ class Case:
             None if self.adaptive else 0.0,
             self.window,
             self.branches,
+            2,  # coupled only
             self.sampler,
-            adaptive=self.adaptive,
+            self.adaptive,
         )
 
     @property
@@ -253,6 +254,8 @@ EVERY_DRAFTER = (
     Case("feature", 2, 3, top_p=0.8),
     Case("hybrid", 1, 3),
     Case("model", 1, 3),
+    Case("model", None, 1, verify.COUPLED),
+    Case("hybrid", 1, 3, verify.COUPLED),
 )
 GRID = tuple(
     Case(drafter, window, branches, sampler, top_p)
@@ -284,8 +287,9 @@ def check_cover(case: Case, seen: Counter[str]) -> None:
         assert seen[f"{source} refused"]
     assert seen["drafted ahead"]
     assert seen["bonus"] or seen["all accepted"]
-    if case.branches > 1 and case.window == 1 and case.drafter != "ngram":
+    if case.branches > 1 and case.window == 1 and case.drafter != "ngram" and case.sampler != verify.COUPLED:
         assert seen["branch hit"]
+    assert bool(seen["alternative"]) == (case.sampler == verify.COUPLED and case.drafter != "ngram")
 
 
 def report(case: Case, texts: NDArray[np.int64], target: Distribution, seen: Counter[str]) -> None:

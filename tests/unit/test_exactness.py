@@ -47,9 +47,9 @@ def test_every_two_values_of_the_drafting_grid_meet_in_a_setting(script: Any) ->
     def values(setting: Any) -> tuple[str, ...]:
         options = dict(zip(setting.options[::2], setting.options[1::2], strict=True))
         drafter = options["--drafter"].partition(":")[0]
-        return drafter, options["--window"], options["--branches"], setting.link
+        return drafter, options["--window"], options["--branches"], options["--alternatives"], setting.link
 
     found = [values(setting) for setting in script.drafting_settings(Path("draft"))]
-    grid = (script.DRAFTERS, script.WINDOWS, script.BRANCHES, script.LINKS)
+    grid = (script.DRAFTERS, script.WINDOWS, script.BRANCHES, script.ALTERNATIVES, script.LINKS)
     for left, right in combinations(range(len(grid)), 2):
         assert {(one[left], one[right]) for one in found} == set(product(grid[left], grid[right]))
