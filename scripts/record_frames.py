@@ -114,7 +114,7 @@ def messages() -> dict[str, Message]:
                 session_id="0a" * 16,
                 committed=5,
                 limits=LIMITS,
-                cost=pb.CostHints(fixed_s=0.02, per_token_s=0.001),
+                cost=pb.CostHints(fixed_s=0.02, per_token_s=0.001, per_pair_s=1e-7),
                 replica="10.0.0.7:7070",
                 protocol_minor=3,
             )

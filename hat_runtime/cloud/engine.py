@@ -20,7 +20,7 @@ import torch
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want, violation
-from hat_runtime.control.cost import LinearCost
+from hat_runtime.control.cost import CostFit
 from hat_runtime.control.holding import worth_waiting_s
 from hat_runtime.model.runner import LayerRunner, Segment
 
@@ -69,7 +69,7 @@ class Engine:
         self._round_began = 0.0
         self._short_pass_s = 0.0  # duration of the latest pass without prompt chunks
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
-        self.cost = LinearCost()
+        self.cost = CostFit()
         """What a pass costs, as seen lately."""
         self.failed: BaseException | None = None
         """What ended the thread; None while it works."""
@@ -366,7 +366,7 @@ class Engine:
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
         tokens = sum(planned.rows for planned in passes)
         short = self._config.scheduler.short_tokens
-        self.cost.observe(tokens, total_s)
+        self.cost.observe(tokens, sum(p.rows * (p.start + p.rows) for p in passes), total_s)
         if all(planned.rows <= short for planned in passes):
             self._short_pass_s = forward_s
         self._metrics.forward_seconds.inc(forward_s)

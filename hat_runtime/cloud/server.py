@@ -22,6 +22,7 @@ from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
 from hat_runtime.cloud.tokens import Decoded
+from hat_runtime.control.cost import PassCost
 from hat_runtime.log import request_id, sane_request_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
@@ -261,13 +262,15 @@ class RuntimeService:
         stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
 
     def _opened(self, session: Session) -> pb.CloudMessage:
-        fixed_s, per_token_s = self._engine.cost.fit() or (0.0, 0.0)
+        cost = self._engine.cost.fit() or PassCost(0.0, 0.0)
         return pb.CloudMessage(
             opened=pb.Opened(
                 session_id=session.id,
                 committed=0,
                 limits=self._served.limits,
-                cost=pb.CostHints(fixed_s=fixed_s, per_token_s=per_token_s),
+                cost=pb.CostHints(
+                    fixed_s=cost.fixed_s, per_token_s=cost.per_token_s, per_pair_s=cost.per_pair_s
+                ),
                 protocol_minor=PROTOCOL[1],
             )
         )

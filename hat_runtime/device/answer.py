@@ -238,6 +238,7 @@ class Answer:
             return await self.upload()
         self._batch_tokens = 0 if self._in_flight else result.batch_tokens
         self._policy.saw_pass(result.batch_tokens, len(deep), result.compute_s)
+        self._policy.row_link_s = self._link.row_s(self.current.session.binding)
         if oldest.alone:
             self._policy.times.saw_wait(time.monotonic() - oldest.sent_s)
         return Checked(deep[oldest.behind :], oldest.alternatives)

@@ -4,41 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_PAST = 0.8
-"""Weight of the past in the moving averages (HAT, arXiv 2503.18989, section IV)."""
+from hat_runtime.control.drafting import average
 
 _KEEP_DRAFT = 0.99
 """Weight that a draft loses with each later one: the last hundred or so count."""
 
 _SMALL_BYTES = 16 * 1024
-_LARGE_BYTES = 64 * 1024
+"""A Step of at most so many bytes tells the round-trip time, a larger one the rate."""
 
 
 @dataclass
 class LinkEstimate:
     """Moving averages of round-trip time and uplink rate; 0 until something was seen.
 
-    Only durations of this machine's clock are subtracted from each other, and the cloud's own durations from them.
+    Only times of this machine's clock are subtracted from each other, and the cloud's own durations from them.
     """
 
     rtt_s: float = 0.0
     uplink_bytes_per_s: float = 0.0
+    _delivered_s: float = 0.0
+    """When the link had delivered the Step before, half a round trip earlier."""
 
-    def add(self, sent_bytes: int, elapsed_s: float, cloud_s: float) -> None:
-        """One answered Step that met no other Step of its session on the way.
+    def add(
+        self, sent_bytes: int, submitted_s: float, received_s: float, cloud_s: float, *, alone: bool
+    ) -> None:
+        """One answered Step.
+
+        What the link took for it is counted from when it was handed over or, if later, from when the link was done with
+        the Step before it: so the chunks of a prompt, which follow one another, tell the rate as well.
 
         Args:
             sent_bytes: payload that went up.
-            elapsed_s: from handing the Step to the link until its Result was complete.
+            submitted_s: monotonic seconds when the Step was handed to the link.
+            received_s: when its Result was complete.
             cloud_s: queue and compute time that the cloud reported.
+            alone: it met no other Step of its session on the way.
         """
-        travel_s = elapsed_s - cloud_s
+        travel_s = received_s - submitted_s - cloud_s
         if travel_s <= 0:
             return
         if sent_bytes <= _SMALL_BYTES:
-            self.rtt_s = _mean(self.rtt_s, travel_s)
-        elif sent_bytes >= _LARGE_BYTES and travel_s > self.rtt_s:
-            self.uplink_bytes_per_s = _mean(self.uplink_bytes_per_s, sent_bytes / (travel_s - self.rtt_s))
+            if alone:
+                self.rtt_s = average(self.rtt_s, travel_s)
+            return
+        delivered_s = received_s - cloud_s - self.rtt_s
+        took_s = delivered_s - max(submitted_s, self._delivered_s)
+        self._delivered_s = max(self._delivered_s, delivered_s)
+        if took_s > 0:
+            self.uplink_bytes_per_s = average(self.uplink_bytes_per_s, sent_bytes / took_s)
 
 
 @dataclass
@@ -58,7 +71,3 @@ class Acceptance:
         past = _KEEP_DRAFT**drafted
         self._accepted = past * self._accepted + accepted
         self._drafted = past * self._drafted + drafted
-
-
-def _mean(past: float, new: float) -> float:
-    return new if past == 0.0 else _PAST * past + (1 - _PAST) * new

@@ -17,7 +17,7 @@ from hat_runtime.device.steps import Binding
 from hat_runtime.errors import CloudOverloaded, HandshakeError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.proto.hat.v1 import runtime_pb2_grpc
-from hat_runtime.wire.codec import dtype_name
+from hat_runtime.wire.codec import RAW, codec_named, dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
@@ -117,6 +117,16 @@ class CloudLink:
         session.open(message, self.limits, self.timeout_s)
         return session
 
+    def row_s(self, binding: Binding) -> float:
+        """Seconds that one more row of a round takes on its way up and down; 0 while the rate is not known.
+
+        The way down is taken to be as fast as the way up, for it is not measured.
+        """
+        rate = self.estimate.uplink_bytes_per_s
+        both = (binding.encoding(True), codec_named(RAW))  # Results are raw
+        size = sum(codec.row_bytes(binding.hidden_size, binding.dtype) for codec in both)
+        return size / rate if rate else 0.0
+
     async def measure_rtt(self, calls: int = 7) -> float:
         """Median time of an empty Describe on a warm connection, in seconds."""
         await self.describe()
@@ -144,14 +154,13 @@ class CloudLink:
         return LinkRate(up=await rate(True), down=await rate(False))
 
     def saw_result(
-        self, sent_bytes: int, elapsed_s: float, queue_s: float, compute_s: float, alone: bool
+        self, sent_bytes: int, submitted_s: float, queue_s: float, compute_s: float, alone: bool
     ) -> None:
-        """Note an answered Step's timing (called by the sessions)."""
+        """Note the timing of a Step that was answered just now (called by the sessions)."""
         self.metrics.cloud_queue.observe(queue_s)
         self.metrics.cloud_step.observe(compute_s)
-        if alone:
-            self.estimate.add(sent_bytes, elapsed_s, queue_s + compute_s)
-            self.metrics.link_rtt.set(self.estimate.rtt_s)
+        self.estimate.add(sent_bytes, submitted_s, time.monotonic(), queue_s + compute_s, alone=alone)
+        self.metrics.link_rtt.set(self.estimate.rtt_s)
 
     def saw_drafts(self, accepted: int, drafted: int) -> None:
         """Note how many of a round's drafts the target agreed with (called by the answers)."""

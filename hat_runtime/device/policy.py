@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hat_runtime.control.cost import LinearCost
+from hat_runtime.control.cost import CostFit
 from hat_runtime.control.drafting import (
     Calibration,
     RoundTimes,
@@ -79,7 +79,7 @@ class DraftPolicy:
     """The cloud's part of a round, seen last."""
     row_link_s: float = 0.0
     """What the link takes for one more row, up and down."""
-    _pass_cost: LinearCost = field(default_factory=LinearCost)
+    _pass_cost: CostFit = field(default_factory=CostFit)
     _company: float = 1.0
     """Rows of a pass for each of the own ones: whoever shares it waits for them too."""
     _blocking_s: float = 0.0
@@ -130,12 +130,12 @@ class DraftPolicy:
         token_s = self.times.token_s
         if fit is None or not token_s:
             return UNKNOWN_ROW_WORTH
-        return (fit[1] * self._company + self.row_link_s) / token_s
+        return (fit.per_token_s * self._company + self.row_link_s) / token_s
 
     def saw_pass(self, batch_tokens: int, rows: int, compute_s: float) -> None:
         """A round of `rows` was computed in `compute_s` seconds together with others, `batch_tokens` rows in all."""
         self.compute_s = compute_s
-        self._pass_cost.observe(batch_tokens, compute_s)
+        self._pass_cost.observe(batch_tokens, 0.0, compute_s)
         self._company = average(self._company, max(1.0, batch_tokens / rows))
 
     def works_ahead(self, answers: int) -> bool:

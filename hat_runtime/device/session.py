@@ -300,8 +300,7 @@ class CloudSession:
                     deep = codec.decode(payload, rows, self.binding.hidden_size, self.binding.dtype)
             except ValueError as error:
                 raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
-            elapsed_s = time.monotonic() - step.submitted_s
-            self.link.saw_result(step.sent_bytes, elapsed_s, queue_s, compute_s, step.alone)
+            self.link.saw_result(step.sent_bytes, step.submitted_s, queue_s, compute_s, step.alone)
         if not step.future.done():
             tokens, proposed = result.batch_tokens, result.suggested_chunk
             verdict = result.verdict if result.HasField("verdict") else None

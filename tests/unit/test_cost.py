@@ -5,24 +5,81 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hat_runtime.control.cost import LinearCost
+from hat_runtime.control.cost import CostFit, PassCost
+
+SIZES = (1, 4, 8, 64, 128, 256)
 
 
-def test_finds_the_line_behind_noisy_passes_and_follows_a_change() -> None:
+def observe(fit: CostFit, cost: PassCost, count: int, rng: random.Random, outliers: float = 0.0) -> None:
+    for _ in range(count):
+        new, total = rng.choice(SIZES), rng.randrange(256, 4096)
+        seconds = cost.seconds(new, total) * rng.uniform(0.95, 1.05)
+        fit.observe(new, new * total, seconds * (rng.uniform(3, 20) if rng.random() < outliers else 1.0))
+
+
+def check(fit: CostFit, cost: PassCost, within: float) -> None:
+    found = fit.fit()
+    assert found is not None
+    for new, total in ((1, 512), (64, 1024), (128, 4096), (256, 300)):
+        assert found.seconds(new, total) == pytest.approx(cost.seconds(new, total), rel=within)
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_finds_the_cost_behind_noisy_passes_and_follows_a_change(outliers: float) -> None:
     rng = random.Random(1)
-    cost = LinearCost()
-    for fixed, slope in ((0.02, 0.001), (0.04, 0.002)):
-        for _ in range(400):
-            tokens = rng.choice([1, 8, 64, 256])
-            cost.observe(tokens, (fixed + slope * tokens) * rng.uniform(0.95, 1.05))
-        found = cost.fit()
-        assert found is not None
-        assert found == (pytest.approx(fixed, rel=0.2), pytest.approx(slope, rel=0.1))
+    fit = CostFit()
+    for cost in (PassCost(0.02, 1e-3, 1e-7), PassCost(0.04, 2e-3, 4e-7), PassCost(0.005, 1e-4)):
+        observe(fit, cost, 300, rng, outliers)
+        check(fit, cost, 0.15 + 2 * outliers)
+
+
+def test_one_pass_that_took_a_minute_changes_nothing() -> None:
+    rng, cost = random.Random(2), PassCost(0.02, 1e-3)
+    fit = CostFit()
+    observe(fit, cost, 100, rng)
+    fit.observe(8, 8 * 500, 60.0)
+    observe(fit, cost, 4, rng)
+    check(fit, cost, 0.1)
 
 
 def test_does_not_guess_from_passes_of_one_size() -> None:
-    cost = LinearCost()
+    fit = CostFit()
     for _ in range(100):
-        cost.observe(8, 0.03)
-    assert cost.fit() is None
+        fit.observe(8, 8 * 500, 0.03)
+    assert fit.fit() is None
+
+
+def test_says_how_far_off_it_was() -> None:
+    rng, calm, wild = random.Random(3), CostFit(), CostFit()
+    for _ in range(200):
+        new = rng.choice(SIZES)
+        calm.observe(new, new * 500, (0.02 + 1e-3 * new) * rng.uniform(0.99, 1.01))
+        wild.observe(new, new * 500, (0.02 + 1e-3 * new) * rng.uniform(0.5, 1.5))
+    calm_fit, wild_fit = calm.fit(), wild.fit()
+    assert calm_fit is not None
+    assert wild_fit is not None
+    assert calm_fit.error < 0.03 < 0.1 < wild_fit.error
+
+
+@given(st.lists(st.tuples(st.integers(1, 2048), st.integers(0, 8192), st.floats(1e-6, 100)), max_size=60))
+def test_no_cost_is_ever_negative(passes: list[tuple[int, int, float]]) -> None:
+    fit = CostFit()
+    for new, before, seconds in passes:
+        fit.observe(new, new * (before + new), seconds)
+    found = fit.fit()
+    if found is not None:
+        assert min(found.fixed_s, found.per_token_s, found.per_pair_s, found.error) >= 0
+
+
+@given(st.floats(0, 1), st.floats(1e-6, 0.1), st.floats(0, 1e-4), st.integers(1, 8192), st.floats(0, 10))
+def test_the_most_that_fits_into_a_time_does(
+    fixed: float, per_token: float, per_pair: float, total: int, seconds: float
+) -> None:
+    cost = PassCost(fixed, per_token, per_pair)
+    most = cost.most_new(seconds, total)
+    if most > 0:
+        assert cost.seconds(most, total) <= seconds * (1 + 1e-6)
+        assert cost.seconds(most + 2, total) > seconds

@@ -642,23 +642,29 @@ Global___Opened: _TypeAlias = Opened  # noqa: Y015
 
 @_typing.final
 class CostHints(_message.Message):
-    """Time of one engine step as seen lately: seconds = fixed_s + per_token_s * new tokens. Zero when not known yet."""
+    """Time of one engine step as seen lately: seconds = fixed_s + per_token_s * new tokens + per_pair_s * new * total tokens,
+    both terms summed over the texts in it; `total` counts a text's tokens after the step. Zero when not known yet.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIXED_S_FIELD_NUMBER: _builtins.int
     PER_TOKEN_S_FIELD_NUMBER: _builtins.int
+    PER_PAIR_S_FIELD_NUMBER: _builtins.int
     fixed_s: _builtins.float
     per_token_s: _builtins.float
+    per_pair_s: _builtins.float
+    """Since 1.3."""
     def __init__(
         self,
         *,
         fixed_s: _builtins.float = ...,
         per_token_s: _builtins.float = ...,
+        per_pair_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed_s", b"fixed_s", "per_token_s", b"per_token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed_s", b"fixed_s", "per_pair_s", b"per_pair_s", "per_token_s", b"per_token_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
