@@ -44,6 +44,7 @@ from hat_runtime.cli.options import add_dtype
 from hat_runtime.cli.processes import Children, exits_on_sigterm, free_address, hat_command
 from hat_runtime.data import read_prompts
 from hat_runtime.device.chat import PromptEncoder
+from hat_runtime.device.chunking import ChunkConfig
 from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import GenerationRequest, GeneratorConfig
 from hat_runtime.device.link import CloudLink
@@ -66,6 +67,7 @@ class Sent:
     """Shallow states [n, hidden_size]."""
     want: Want
     decode: bool
+    alternatives: tuple[int, ...]
 
 
 @dataclass
@@ -137,7 +139,7 @@ async def _record(
     """Answer the prompts with a real device, one after the other, and keep what it sends."""
     # A round waits for its drafts and for its Result: what is sent depends on nothing but the text.
     drafting = DraftConfig(GAMMA, ETA, window=1, branches=0, adaptive=False)
-    config = GeneratorConfig(chunk_tokens=128, max_idle_conversations=0, drafting=drafting)
+    config = GeneratorConfig(chunking=ChunkConfig(128), max_idle_conversations=0, drafting=drafting)
     drafter = args.drafter if drafts else "none"
     generator = await connect(folder, address, args.dtype, config=config, drafter=drafter)
     recordings = []
@@ -167,10 +169,16 @@ def _noting(recording: Recording) -> AbstractContextManager[object]:
     submit = CloudSession.submit
 
     def submit_and_note(
-        session: CloudSession, start: int, hidden: torch.Tensor, want: Want, *rest: str, decode: bool = False
+        session: CloudSession,
+        start: int,
+        hidden: torch.Tensor,
+        want: Want,
+        *rest: str,
+        decode: bool = False,
+        alternatives: tuple[int, ...] = (),
     ) -> asyncio.Future[StepResult]:
-        recording.steps.append(Sent(start, hidden.clone(), want, decode))
-        return submit(session, start, hidden, want, *rest, decode=decode)
+        recording.steps.append(Sent(start, hidden.clone(), want, decode, alternatives))
+        return submit(session, start, hidden, want, *rest, decode=decode, alternatives=alternatives)
 
     return mock.patch.object(CloudSession, "submit", submit_and_note)
 
@@ -234,7 +242,10 @@ async def _replay(link: CloudLink, binding: Binding, recording: Recording) -> tu
         first_s = 0.0
         waiting = []
         for step in recording.steps:
-            waiting.append(session.submit(step.start, step.hidden, step.want, decode=step.decode))
+            future = session.submit(
+                step.start, step.hidden, step.want, decode=step.decode, alternatives=step.alternatives
+            )
+            waiting.append(future)
             if step.want == NONE:
                 continue  # all but the last chunk of a prompt: nobody waits for them
             for result in waiting:

@@ -114,7 +114,9 @@ def messages() -> dict[str, Message]:
                 session_id="0a" * 16,
                 committed=5,
                 limits=LIMITS,
-                cost=pb.CostHints(fixed_s=0.02, per_token_s=0.001, per_pair_s=1e-7),
+                cost=pb.CostHints(
+                    fixed_s=0.02, per_token_s=0.001, per_pair_s=1e-7, per_cached_s=1e-5, prompt_rows=96
+                ),
                 replica="10.0.0.7:7070",
                 protocol_minor=3,
             )
@@ -131,6 +133,9 @@ def messages() -> dict[str, Message]:
                 compute_us=33000,
                 batch_tokens=9,
                 suggested_chunk=96,
+                cost=pb.CostHints(
+                    fixed_s=0.02, per_token_s=0.001, per_pair_s=1e-7, per_cached_s=1e-5, prompt_rows=96
+                ),
             )
         ),
         "cloud_verdict": pb.CloudMessage(

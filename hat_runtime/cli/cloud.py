@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hat_runtime.cli import options, picospec_options
 from hat_runtime.cli.command import Command
+from hat_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from hat_runtime.control.sharing import Courtesy
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +58,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="tokens in one pass of the layers (default %(default)s)",
     )
     serve.add_argument(
+        "--max-stretch",
+        default="0.25",
+        metavar="SHARE",
+        help="how much longer the time between tokens of sessions that decode may become while prompts are computed; "
+        "none: prompts take all that a pass has room for (default %(default)s)",
+    )
+    serve.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads for the layers (default: torch's choice)"
     )
     options.add_dtype(serve)
@@ -89,7 +102,10 @@ def _serve(args: argparse.Namespace) -> int:
         kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 2**30),
         max_sessions=args.max_sessions,
         engine=EngineConfig(
-            scheduler=SchedulerConfig(max_batch_tokens=args.max_batch_tokens), threads=args.threads
+            scheduler=SchedulerConfig(
+                max_batch_tokens=args.max_batch_tokens, courtesy=_courtesy(args.max_stretch)
+            ),
+            threads=args.threads,
         ),
     )
 
@@ -105,6 +121,21 @@ def _serve(args: argparse.Namespace) -> int:
 
     asyncio.run(serve())
     return 0
+
+
+def _courtesy(max_stretch: str) -> Courtesy | None:
+    """Of --max-stretch. Raises UsageError."""
+    from hat_runtime.control.sharing import Courtesy
+
+    if max_stretch == "none":
+        return None
+    try:
+        share = float(max_stretch)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < math.inf:
+        raise UsageError(f"--max-stretch {max_stretch!r}: must be none or a number above 0, for example 0.25")
+    return Courtesy(share)
 
 
 COMMAND = Command("cloud", "Run the cloud's side: the middle layers of a model.", _configure)

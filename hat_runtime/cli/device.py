@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from hat_runtime.cli import picospec_options
+from hat_runtime.cli.chunking_options import add_chunking, chunking_config
 from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import (
@@ -53,13 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="where to serve the API (default %(default)s)",
     )
-    serve.add_argument(
-        "--chunk-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="tokens of a prompt that travel together; 0 = the whole prompt at once (default %(default)s)",
-    )
+    add_chunking(serve)
     add_drafting(serve)
     picospec_options.add_mode(serve)
     picospec_options.add_speculation(serve)
@@ -158,7 +153,6 @@ def run_serve(args: argparse.Namespace) -> int:
         cloud=args.cloud,
         listen_host=host,
         listen_port=port,
-        chunk_tokens=args.chunk_tokens,
         dtype=args.dtype,
         codecs=codecs,
         device=args.device,
@@ -173,6 +167,7 @@ def run_serve(args: argparse.Namespace) -> int:
         generator=GeneratorConfig(
             max_idle_conversations=args.keep_sessions,
             device_name=args.device_name,
+            chunking=chunking_config(args),
             drafting=drafting_config(args),
         ),
     )

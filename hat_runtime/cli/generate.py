@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hat_runtime.cli import picospec_options
+from hat_runtime.cli.chunking_options import add_chunking, chunking_config
 from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import add_dtype, add_uplink_codec, parse_host_port, parse_uplink_codec
@@ -66,12 +67,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concurrency", type=int, default=1, metavar="K", help="prompts at a time (default 1)"
     )
-    parser.add_argument(
-        "--chunk-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of a prompt that travel together; 0 = the whole prompt at once (default 128)",
-    )
+    add_chunking(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total probability"
@@ -110,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option, least in (("max_new_tokens", 1), ("limit", 1), ("concurrency", 1), ("chunk_tokens", 0)):
+    for option, least in (("max_new_tokens", 1), ("limit", 1), ("concurrency", 1)):
         value = getattr(args, option)
         if value is not None and value < least:
             raise UsageError(f"--{option.replace('_', '-')} {value}: must be {least} or more")
@@ -173,7 +169,6 @@ async def _answer_through_cloud(
         max_new_tokens=args.max_new_tokens,
         sampling=SamplingParams(args.temperature, args.top_p, args.seed),
         concurrency=args.concurrency,
-        chunk_tokens=args.chunk_tokens,
     )
     encoder = PromptEncoder(load_tokenizer(args.model))
     if any(prompt.chat for prompt in prompts) and not encoder.has_chat_template:
@@ -187,7 +182,9 @@ async def _answer_through_cloud(
     context = context_length(args.model)
     longest = sorted(min(len(ids) + args.max_new_tokens, context) for ids in encoded)[-args.concurrency :]
     # Every prompt stands for itself: no session is kept, so bytes and times do not depend on the one before.
-    config = GeneratorConfig(max_idle_conversations=0, drafting=drafting_config(args))
+    config = GeneratorConfig(
+        max_idle_conversations=0, chunking=chunking_config(args), drafting=drafting_config(args)
+    )
     kv_tokens = sum(longest) + SPARE_KV_TOKENS * len(longest)
     if (draft := picospec_options.draft_folder(args)) is not None:
         speculation = picospec_options.speculation(args)

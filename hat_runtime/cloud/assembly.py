@@ -109,8 +109,10 @@ class StepAssembler:
                 )
 
 
-def result_frames(done: StepDone, verdict: pb.Verdict | None = None) -> Iterator[pb.CloudMessage]:
-    """The frames that answer one Step; `verdict` goes along in token mode."""
+def result_frames(
+    done: StepDone, verdict: pb.Verdict | None = None, cost: pb.CostHints | None = None
+) -> Iterator[pb.CloudMessage]:
+    """The frames that answer one Step; `verdict` goes along in token mode, `cost` with the last Step of a prompt."""
     work = done.work
     payload = b"" if done.deep is None else codec.encode(done.deep)
     for part, more in frames.split(payload):
@@ -126,6 +128,7 @@ def result_frames(done: StepDone, verdict: pb.Verdict | None = None) -> Iterator
                 compute_us=_micros(work.compute_s),
                 batch_tokens=work.batch_tokens,
                 verdict=verdict,
+                cost=cost,
             )
         )
 

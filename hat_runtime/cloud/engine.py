@@ -22,6 +22,8 @@ from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfi
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want, violation
 from hat_runtime.control.cost import CostFit
 from hat_runtime.control.holding import worth_waiting_s
+from hat_runtime.control.sharing import Decoder
+from hat_runtime.model.pages import PagedSequence
 from hat_runtime.model.runner import LayerRunner, Segment
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ IDLE_WAIT_S = 1.0
 """Longest wait for something to do before idle sessions are looked at."""
 RETURN_MARGIN = 1.25
 """A session is due this many times its usual time away after its answer."""
+CALIBRATION = ((1, 64), *((1, 1), (1, 8), (1, 64), (8, 1), (1, 256), (4, 8)) * 2)
+"""Texts and rows of each in the passes at the start; the first one is slow and fades."""
+PATIENCE = 4.0
+"""A session that stays away so many times longer than usual decodes no more."""
 PAGE_WAIT_S = 0.05
 """Longest wait before queued Steps look for pages again."""
 
@@ -71,6 +77,8 @@ class Engine:
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
         self.cost = CostFit()
         """What a pass costs, as seen lately."""
+        self.prompt_rows = config.scheduler.max_batch_tokens
+        """Most rows of prompts in the latest pass; read by any thread."""
         self.failed: BaseException | None = None
         """What ended the thread; None while it works."""
 
@@ -131,6 +139,7 @@ class Engine:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         try:
+            self._calibrate()
             while self._take_commands():
                 self._reap_idle()
                 passes, forward_s = self._step()
@@ -146,6 +155,23 @@ class Engine:
                     session, Failed(grpc.StatusCode.UNAVAILABLE, "the engine failed; see the cloud's log")
                 )
             self._flush()
+
+    def _calibrate(self) -> None:
+        """Passes of several sizes, so that their cost is known before the first prompt, and nothing is slow then."""
+        cache, size = self.runner.cache, self.runner.layers.hidden_size
+        sequences = [PagedSequence() for _ in range(max(texts for texts, _ in CALIBRATION))]
+        for texts, rows in CALIBRATION:
+            pages = texts * -(-rows // cache.page_tokens)
+            if pages > cache.free_pages or texts * rows > self._config.scheduler.max_batch_tokens:
+                continue
+            hidden = torch.zeros(rows, size, dtype=cache.keys.dtype)
+            began = time.perf_counter()
+            for deep in self.runner.run([Segment(one, 0, hidden) for one in sequences[:texts]]):
+                deep.to("cpu")
+            took_s = time.perf_counter() - began
+            self.cost.observe(texts * rows, texts * rows * rows, took_s, texts * rows)
+            for sequence in sequences:
+                cache.release(sequence)
 
     def _take_commands(self) -> bool:
         """Apply what is in the inbox; wait for something if there is no work. False: stop."""
@@ -183,16 +209,20 @@ class Engine:
 
     def _worth_waiting_s(self) -> float:
         queued = [session for session in self._sessions.values() if session.queue]
-        short = self._config.scheduler.short_tokens
-        if not queued or any(session.queue[0].left > short for session in queued):
+        prompts = [session for session in queued if self._has_prompt(session)]
+        courtesy = self._config.scheduler.courtesy
+        if not queued or (prompts and courtesy is None):
             return 0.0  # a prompt chunk is there to fill the time
+        if len(prompts) == len(queued):
+            assert courtesy is not None
+            return courtesy.wait_s(self._decoders(), self.cost.fit(), self._longest_prompt())
         now = self._clock()
         due_s = (
             session.answered + RETURN_MARGIN * session.away_s - now
             for session in self._sessions.values()
             if session.answered and session.away_s is not None
         )
-        return worth_waiting_s(len(queued), due_s, self._short_pass_s)
+        return worth_waiting_s(len(queued) - len(prompts), due_s, self._short_pass_s)
 
     def _open(self, session: Session) -> None:
         session.last_active = self._clock()
@@ -228,13 +258,47 @@ class Engine:
         """Plan and run one pass; what ran, and the seconds inside the layers."""
         for session in list(self._sessions.values()):
             self._settle_head(session)
-        plan = self._scheduler.plan(self._sessions.values(), self._clock())
+        self.prompt_rows = self._most_prompt_rows()
+        plan = self._scheduler.plan(self._sessions.values(), self._clock(), self.prompt_rows)
         self._apply_evictions(plan)
         self._blocked = not plan.passes
         if not plan.passes:
             return [], 0.0
         forward_s = self._pass(plan.passes)
         return ([], 0.0) if forward_s is None else (plan.passes, forward_s)
+
+    def _most_prompt_rows(self) -> int:
+        """Rows of prompts that the next pass may have."""
+        most, courtesy = self._config.scheduler.max_batch_tokens, self._config.scheduler.courtesy
+        if courtesy is None:
+            return most
+        alone = all(self._has_prompt(session) for session in self._sessions.values() if session.queue)
+        return courtesy.prompt_rows(
+            self._decoders(), self.cost.fit(), self._longest_prompt(), most, alone=alone
+        )
+
+    def _decoders(self) -> list[Decoder]:
+        """The sessions that decode: they have a short Step in the queue, or are about to send one."""
+        now, found = self._clock(), []
+        for session in self._sessions.values():
+            if session.away_s is None or (session.queue and self._has_prompt(session)):
+                continue
+            due_s = 0.0
+            if not session.queue:
+                gone_s = now - session.answered
+                if not session.answered or gone_s > PATIENCE * session.away_s + self._short_pass_s:
+                    continue
+                due_s = session.away_s - gone_s
+            found.append(Decoder(due_s, session.away_s + self._short_pass_s))
+        return found
+
+    def _has_prompt(self, session: Session) -> bool:
+        return session.queue[0].left > self._config.scheduler.short_tokens
+
+    def _longest_prompt(self) -> int:
+        return max(
+            (s.committed for s in self._sessions.values() if s.queue and self._has_prompt(s)), default=0
+        )
 
     def _settle_head(self, session: Session) -> None:
         """Answer stale Steps at the head of the queue, check the next one, and roll back to its start."""
@@ -366,7 +430,9 @@ class Engine:
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
         tokens = sum(planned.rows for planned in passes)
         short = self._config.scheduler.short_tokens
-        self.cost.observe(tokens, sum(p.rows * (p.start + p.rows) for p in passes), total_s)
+        totals = [planned.start + planned.rows for planned in passes]
+        pairs = sum(planned.rows * total for planned, total in zip(passes, totals, strict=True))
+        self.cost.observe(tokens, pairs, total_s, sum(totals))
         if all(planned.rows <= short for planned in passes):
             self._short_pass_s = forward_s
         self._metrics.forward_seconds.inc(forward_s)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hat_runtime.cloud.session import Session, StepWork, Want, violation
+from hat_runtime.control.sharing import Courtesy
 from hat_runtime.model.pages import KvCache
 
 
@@ -21,6 +22,8 @@ class SchedulerConfig:
     """Most rows in one pass."""
     short_tokens: int = 16
     """Steps with at most this many rows left go before prompt chunks."""
+    courtesy: Courtesy | None = field(default_factory=Courtesy)
+    """What prompts leave to sessions that decode; None: they take all that a pass has room for."""
     idle_after_s: float = 1.0
     """A session without work for this long is idle: its pages go first."""
     max_page_wait_s: float = 10.0
@@ -86,28 +89,34 @@ class Scheduler:
         self._cache = cache
         self._config = config
 
-    def plan(self, sessions: Iterable[Session], now: float) -> Plan:
+    def plan(self, sessions: Iterable[Session], now: float, prompt_rows: int | None = None) -> Plan:
         """Choose the next pass, and reserve its pages.
 
         Args:
             sessions: all sessions, the longest open first.
             now: monotonic seconds.
+            prompt_rows: most rows of prompt chunks, at least 1; None: as many as there is room for.
         """
         everyone = list(sessions)
         waiting = sorted((s for s in everyone if s.queue), key=self._precedence)
         plan = Plan()
         budget = self._config.max_batch_tokens
+        of_prompts = budget if prompt_rows is None else prompt_rows
         for session in waiting:
             if budget <= 0:
                 break
-            if session in plan.evicted:
+            is_prompt = session.queue[0].left > self._config.short_tokens
+            if session in plan.evicted or (is_prompt and of_prompts <= 0):
                 continue
-            planned = self._take(session, budget)
+            # Behind the end of one chunk there may be the next one.
+            most = of_prompts if is_prompt else max(of_prompts, self._config.short_tokens)
+            planned = self._take(session, min(budget, most))
             if self._make_room(planned, plan, everyone, now):
                 session.starved = False
                 self._cache.reserve(session.sequence, planned.start + planned.rows)
                 plan.passes.append(planned)
                 budget -= planned.rows
+                of_prompts -= planned.rows if is_prompt else 0
             else:
                 session.starved = True
         if not plan.passes:

@@ -19,10 +19,9 @@ from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_fram
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.metrics import CloudMetrics
-from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone
+from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, Want
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
 from hat_runtime.cloud.tokens import Decoded
-from hat_runtime.control.cost import PassCost
 from hat_runtime.log import request_id, sane_request_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
@@ -171,7 +170,7 @@ class RuntimeService:
             while (event := await stream.events.get()) is not None:
                 if isinstance(event, Failed):
                     raise ProtocolError(event.text, event.code, event.retry_after_s)
-                for message in _messages(event):
+                for message in self._messages(event):
                     yield message
                 if isinstance(event, StepDone):
                     stream.answered(event)
@@ -261,16 +260,36 @@ class RuntimeService:
         del self._sessions[session.id]
         stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
 
+    def _messages(self, event: Any) -> Any:
+        if isinstance(event, StepDone):
+            verdict = None if event.verdict is None else verdict_message(event.verdict)
+            return result_frames(event, verdict, self._cost_hints() if event.work.want is Want.LAST else None)
+        if isinstance(event, Decoded):
+            return (decoded_message(event),)
+        if isinstance(event, Evicted):
+            return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
+        return (event,)
+
+    def _cost_hints(self) -> pb.CostHints:
+        """What the engine's passes cost lately; empty while that is not known."""
+        cost = self._engine.cost.fit()
+        if cost is None:
+            return pb.CostHints()
+        return pb.CostHints(
+            fixed_s=cost.fixed_s,
+            per_token_s=cost.per_token_s,
+            per_pair_s=cost.per_pair_s,
+            per_cached_s=cost.per_cached_s,
+            prompt_rows=self._engine.prompt_rows,
+        )
+
     def _opened(self, session: Session) -> pb.CloudMessage:
-        cost = self._engine.cost.fit() or PassCost(0.0, 0.0)
         return pb.CloudMessage(
             opened=pb.Opened(
                 session_id=session.id,
                 committed=0,
                 limits=self._served.limits,
-                cost=pb.CostHints(
-                    fixed_s=cost.fixed_s, per_token_s=cost.per_token_s, per_pair_s=cost.per_pair_s
-                ),
+                cost=self._cost_hints(),
                 protocol_minor=PROTOCOL[1],
             )
         )
@@ -342,16 +361,6 @@ class RuntimeService:
 def _codecs(opening: pb.Open) -> codec.CodecChoice:
     """What a device wants its rows encoded in; one of before 1.2 names one codec for all of them."""
     return codec.CodecChoice(opening.codec, opening.decode_codec or opening.codec)
-
-
-def _messages(event: Any) -> Any:
-    if isinstance(event, StepDone):
-        return result_frames(event, None if event.verdict is None else verdict_message(event.verdict))
-    if isinstance(event, Decoded):
-        return (decoded_message(event),)
-    if isinstance(event, Evicted):
-        return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
-    return (event,)
 
 
 def make_server(service: RuntimeService) -> grpc.aio.Server:

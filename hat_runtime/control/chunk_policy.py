@@ -62,8 +62,8 @@ class Conditions:
     uplink_bytes_per_s: float
     """beta"""
     rtt_s: float
-    shallow_s: float
-    """Input submodel, per token."""
+    shallow: PassCost | None
+    """Of the input submodel's passes on the device; None: not known."""
     cost: PassCost | None
     """g, of the cloud's passes; None: not known."""
     wait_s: float = 0.0
@@ -79,7 +79,7 @@ class Conditions:
     @property
     def known(self) -> bool:
         """Whether a prediction is possible."""
-        return self.uplink_bytes_per_s > 0 and self.cost is not None
+        return self.uplink_bytes_per_s > 0 and self.cost is not None and self.shallow is not None
 
     def compute_s(self, new: int, total: int) -> float:
         """g of a pass over `new` tokens of this prompt, with others' rows beside them."""
@@ -100,13 +100,14 @@ def predicted_ttft(now: Conditions, start: int, total: int, chunk: int) -> float
         ValueError: the conditions are not known.
     """
     if not now.known:
-        raise ValueError("the link's rate or the cloud's cost is not known")
+        raise ValueError("the link's rate, or what passes cost the device or the cloud, is not known")
+    assert now.shallow is not None
     device_s = link_s = 0.0
     arrivals: list[tuple[float, int, int]] = []
     begin = start
     for end in chunk_ends(start, total, chunk):
         new = end - begin
-        device_s += new * now.shallow_s
+        device_s += now.shallow.seconds(new, end)
         link_s = max(link_s, device_s) + new * now.row_bytes / now.uplink_bytes_per_s
         arrivals.append((link_s + now.rtt_s / 2, new, end))
         begin = end
@@ -169,7 +170,7 @@ def balance(now: Conditions, total: int, bounds: Bounds, current: int | None = N
     if not now.known:
         return kept
     assert now.cost is not None
-    fixed_s = now.wait_s + (now.cost.fixed_s + now.cost.per_token_s * now.company) / stages
+    fixed_s = now.wait_s + now.compute_s(0, total) / stages
     slope_s = now.row_bytes / now.uplink_bytes_per_s
     slope_s -= (now.cost.per_token_s + now.cost.per_pair_s * total) / stages
     best = bounds.most if slope_s <= 0 else bounds.clamp(fixed_s / slope_s)

@@ -7,7 +7,7 @@ overlap with the transfer of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 RAMP = (4, 2)
 """The first chunks are this many times shorter than the others."""
@@ -28,14 +28,19 @@ def chunk_ends(start: int, total: int, chunk: int) -> Iterator[int]:
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, but must be at least 1")
-    end = start
-    if total - start > chunk:
-        for divisor in RAMP:
-            if chunk // divisor >= SHORTEST:
-                end += chunk // divisor
-                yield end
+    return varying_ends(start, total, lambda position: chunk)
+
+
+def varying_ends(start: int, total: int, size_at: Callable[[int], int]) -> Iterator[int]:
+    """The same with a size, at least 1, that is asked for anew at the beginning of each chunk."""
+    end, ramp = start, list(RAMP)
     while end < total:
-        end = min(end + chunk, total)
+        chunk = size_at(end)
+        if end == start and total - start <= chunk:
+            ramp.clear()
+        while ramp and chunk // ramp[0] < SHORTEST:
+            ramp.pop(0)
+        end = min(end + (chunk // ramp.pop(0) if ramp else chunk), total)
         yield end
 
 

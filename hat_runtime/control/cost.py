@@ -1,8 +1,8 @@
 """What a pass of the cloud costs, fitted while it runs.
 
-g(new, total) = c0 + c1 new + c2 new total: `new` tokens whose texts are `total` tokens long when the pass is over. A
-pass over several texts sums both terms over them. The form is that of WISP (arXiv 2601.11652) without its term for the
-bytes of the cache, which those passes cannot tell from c2.
+g = c0 + c1 new + c2 new total + c3 total: `new` tokens of texts that are `total` tokens long when the pass is over.
+Over several texts all terms but the first are summed. The form is that of WISP (arXiv 2601.11652): c3 is what it costs
+to read the cache of a text, however few its new tokens are.
 """
 
 from __future__ import annotations
@@ -13,60 +13,67 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FORGET = 0.98
-"""Weight of the past at each new observation: a change of load shows within some tens of passes."""
+FORGET = 0.9
+"""Weight of the past at each new observation of like passes."""
 TRUSTED = 3.0
 """An observation that is further away than so many usual distances counts as if it were that far (Huber)."""
 REFIT = 4
 """Observations between two fits."""
-FEWEST = 4.0
+FEWEST = 4
 """Observations before anything is said."""
-_UNITS = np.array([1.0, 128.0, 128.0 * 1024.0])
-"""Of the three terms, so that they are of one size."""
+_UNITS = np.array([1.0, 128.0, 128.0 * 1024.0, 1024.0])
+"""Of the terms, so that they are of one size."""
+_TERMS = len(_UNITS)
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """c0, c1 and c2, all at least 0, and how far off they were lately."""
+    """c0, c1, c2 and c3, all at least 0, and how far off they were lately."""
 
     fixed_s: float
     per_token_s: float
     per_pair_s: float = 0.0
     """Seconds for each pair of a new token and a token of its text."""
+    per_cached_s: float = 0.0
+    """Seconds for each token of a text."""
     error: float = 0.0
     """Mean distance of the latest passes from what was predicted, as a share of it."""
 
     def seconds(self, new: int, total: int) -> float:
         """Duration of a pass over `new` tokens of one text, which has `total` tokens afterwards."""
-        return self.fixed_s + self.per_token_s * new + self.per_pair_s * new * total
+        return self.fixed_s + self.per_cached_s * total + (self.per_token_s + self.per_pair_s * total) * new
 
     def most_new(self, seconds: float, total: int) -> int:
         """Most new tokens, of a text that has `total` afterwards, in a pass of so many seconds; may be 0 or less."""
         slope = self.per_token_s + self.per_pair_s * total
-        return 1 << 30 if slope <= 0 else int((seconds - self.fixed_s) / slope)
+        return 1 << 30 if slope <= 0 else int((seconds - self.fixed_s - self.per_cached_s * total) / slope)
 
 
 class CostFit:
-    """Weighted least squares with exponential forgetting; outliers count less."""
+    """Weighted least squares over kinds of passes: outliers count less, and the past of a kind fades as it comes again.
+
+    Kinds are sizes of passes, in octaves. Each remembers its own latest passes: an hour of decoding does not wash away
+    what a prompt costs.
+    """
 
     def __init__(self) -> None:
-        self._gram = np.zeros((3, 3))
-        self._moment = np.zeros(3)
+        self._kinds: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         self._scale = 0.0
         """Usual distance of a pass from what was predicted, in seconds."""
         self._error = 0.0
         self._seen = 0
         self._fit: PassCost | None = None
 
-    def observe(self, new: int, pairs: float, seconds: float) -> None:
+    def observe(self, new: int, pairs: float, seconds: float, cached: float = 0.0) -> None:
         """Add one pass.
 
         Args:
             new: new tokens of all texts.
             pairs: sum over the texts of new x total tokens; 0 where it is not known.
             seconds: the pass took.
+            cached: sum over the texts of their total tokens; 0 where it is not known.
         """
-        terms: NDArray[np.float64] = np.array([1.0, new, pairs]) / _UNITS
+        terms: NDArray[np.float64] = np.array([1.0, new, pairs, cached]) / _UNITS
         weight = 1.0
         if self._fit is not None:
             predicted = self._predicted(self._fit, terms)
@@ -76,39 +83,48 @@ class CostFit:
             # What is far away moves the usual distance little at a time, but if it stays it becomes the usual one.
             self._scale = 0.9 * self._scale + 0.1 * min(away, 2 * TRUSTED * usual)
             self._error = 0.9 * self._error + 0.1 * min(1.0, away / max(predicted, 1e-9))
-        self._gram = FORGET * self._gram + weight * np.outer(terms, terms)
-        self._moment = FORGET * self._moment + weight * seconds * terms
+        kind = (new.bit_length(), int(cached).bit_length())
+        gram, moment = self._kinds.get(kind, (np.zeros((_TERMS, _TERMS)), np.zeros(_TERMS)))
+        # Relative errors: a pass of 20 ms tells as much as one of 2 s.
+        weight /= max(seconds, 1e-6) ** 2
+        self._kinds[kind] = (
+            FORGET * gram + weight * np.outer(terms, terms),
+            FORGET * moment + weight * seconds * terms,
+        )
         self._seen += 1
         if self._fit is None or self._seen % REFIT == 0:
             self._fit = self._solve()
 
     def fit(self) -> PassCost | None:
-        """The cost, or None while the passes seen are too few, or differ too little in size, to tell."""
+        """The cost, or None while the passes seen are too few, or all of one size."""
         return self._fit
 
     @staticmethod
     def _predicted(fit: PassCost, terms: NDArray[np.float64]) -> float:
-        return float(np.array([fit.fixed_s, fit.per_token_s, fit.per_pair_s]) * _UNITS @ terms)
+        costs = np.array([fit.fixed_s, fit.per_token_s, fit.per_pair_s, fit.per_cached_s])
+        return float(costs * _UNITS @ terms)
 
     def _solve(self) -> PassCost | None:
-        weight, mean = self._gram[0, 0], self._gram[0, 1] / max(self._gram[0, 0], 1e-12)
-        if weight < FEWEST * FORGET**FEWEST or self._gram[1, 1] / weight - mean**2 < 1.0 / _UNITS[1] ** 2:
-            return None
+        if self._seen < FEWEST or len({new for new, _ in self._kinds}) < 2:
+            return self._fit
+        gram = np.sum([gram for gram, _ in self._kinds.values()], axis=0)
+        moment = np.sum([moment for _, moment in self._kinds.values()], axis=0)
         best, least = None, np.inf
-        # Three terms: all subsets are tried, and the best one without a negative cost is kept.
-        for kept in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (1, 2, 3)):
+        # Few terms: all subsets are tried, and the best one without a negative cost is kept.
+        subsets = (itertools.combinations(range(_TERMS), n) for n in range(1, _TERMS + 1))
+        for kept in map(list, itertools.chain.from_iterable(subsets)):
             index = np.ix_(kept, kept)
-            if np.linalg.cond(self._gram[index]) > 1e10:
+            if np.linalg.cond(gram[index]) > 1e10:
                 continue
-            part = np.linalg.solve(self._gram[index], self._moment[list(kept)])
+            part = np.linalg.solve(gram[index], moment[kept])
             if (part < 0).any():
                 continue
-            found = np.zeros(3)
-            found[list(kept)] = part
-            loss = float(found @ self._gram @ found - 2 * found @ self._moment)
+            found = np.zeros(_TERMS)
+            found[kept] = part
+            loss = float(found @ gram @ found - 2 * found @ moment)
             if loss < least:
                 best, least = found, loss
         if best is None:
-            return None
-        fixed, per_token, per_pair = (best / _UNITS).tolist()
-        return PassCost(fixed, per_token, per_pair, self._error)
+            return self._fit
+        fixed, per_token, per_pair, per_cached = (best / _UNITS).tolist()
+        return PassCost(fixed, per_token, per_pair, per_cached, self._error)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from hat_runtime.control.chunks import chunk_ends, cut_at
+from hat_runtime.control.chunks import cut_at, varying_ends
 from hat_runtime.device.chain import NO_DRAFTS, Alternative, Checked, Speculation
 from hat_runtime.device.conversations import Conversation, ConversationStore
 from hat_runtime.device.drafting.base import DraftState
@@ -62,7 +62,7 @@ class Answer:
         *,
         open_session: Callable[[], CloudSession],
         policy: DraftPolicy,
-        chunk: int,
+        chunk_at: Callable[[int, int], int],
         max_evictions: int,
     ) -> None:
         """Prepare; `begin` gets a session.
@@ -74,7 +74,7 @@ class Answer:
             conversations: idle sessions, to reuse or to make room.
             open_session: opens a new session for this request.
             policy: how to draft.
-            chunk: tokens of one Step of an upload, at least 1.
+            chunk_at: tokens of the next Step of an upload, at least 1, from (tokens that went before, all tokens).
             max_evictions: uploads that the cloud may throw away before the request fails.
         """
         self.request = request
@@ -84,7 +84,7 @@ class Answer:
         self._conversations = conversations
         self._open_session = open_session
         self._policy = policy
-        self._chunk = chunk
+        self._chunk_at = chunk_at
         self._max_evictions = max_evictions
         self._spec = Speculation(PagedSequence(), DraftState(), request.sampling)
         self._in_flight: deque[_Round] = deque()
@@ -316,7 +316,8 @@ class Answer:
         sent: deque[asyncio.Future[StepResult]] = deque()
         deep: torch.Tensor | None = None
         start = min(conversation.held, total - 1)
-        for end in cut_at(chunk_ends(start, total, self._chunk), conversation.borders, start):
+        ends = varying_ends(start, total, lambda position: self._chunk_at(position, total))
+        for end in cut_at(ends, conversation.borders, start):
             hidden = await self._shallow(start, end)
             sent.append(self._submit(start, hidden, LAST if end == total else NONE))
             start = end

@@ -7,11 +7,13 @@ drafts that the head agrees with, and the token that it puts behind them (HAT, a
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from hat_runtime.device.answer import Answer
+from hat_runtime.device.chunking import ChunkConfig, Chunker
 from hat_runtime.device.conversations import ConversationStore
 from hat_runtime.device.jobs import Turn
 from hat_runtime.device.link import CloudLink
@@ -38,8 +40,8 @@ __all__ = ["GenerationRequest", "GenerationStats", "Generator", "GeneratorConfig
 class GeneratorConfig:
     """Policies of a device."""
 
-    chunk_tokens: int = 128
-    """Tokens of a prompt chunk; 0: the whole prompt in one Step."""
+    chunking: ChunkConfig = field(default_factory=ChunkConfig)
+    """How prompts are cut."""
     max_idle_conversations: int = 4
     """Answers whose sessions stay open for the next turn."""
     min_reuse_tokens: int = 16
@@ -65,6 +67,7 @@ class Generator:
         self.binding = binding
         self.config = config or GeneratorConfig()
         self.metrics = link.metrics
+        self.chunker = Chunker(self.config.chunking, link, binding)
         self.policy = DraftPolicy(self.config.drafting, model.drafter is not None)
         if model.drafter is not None:
             self.policy.calibration = model.drafter.calibration
@@ -158,11 +161,13 @@ class Generator:
         await self.model.close()
 
     def _make_answer(self, request: GenerationRequest) -> Answer:
-        chunk = self.config.chunk_tokens if request.chunk_tokens is None else request.chunk_tokens
-        request.stats.chunk_tokens = chunk
-        self.metrics.chunk_size.set(chunk)
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
         longest = self.link.limits.max_step_tokens or MAX_STEP_TOKENS
+
+        def chunk_at(start: int, total: int) -> int:
+            chunk = self._chunk_tokens(request, start, total)
+            return min(chunk or longest, longest)
+
         return Answer(
             request,
             self.model,
@@ -170,9 +175,21 @@ class Generator:
             self.conversations,
             open_session=lambda: self._open_session(request),
             policy=self.policy,
-            chunk=min(chunk or longest, longest),
+            chunk_at=chunk_at,
             max_evictions=self.config.max_evictions,
         )
+
+    def _chunk_tokens(self, request: GenerationRequest, start: int, total: int) -> int:
+        """Tokens of the next chunk of an upload, 0: all that is left."""
+        shallow, stats = self.model.shallow_cost, request.stats
+        chunk = request.chunk_tokens
+        if chunk is None:
+            chunk = self.chunker.size(start, total, shallow)
+        if stats.predicted_ttft_s is None and not stats.completion_tokens:  # the first chunk
+            stats.predicted_ttft_s = self.chunker.predicted_s(start, total, chunk, shallow)
+        stats.chunk_tokens = chunk
+        self.metrics.chunk_size.set(chunk)
+        return chunk
 
     def _open_session(self, request: GenerationRequest) -> CloudSession:
         return self.link.open_session(
@@ -205,6 +222,8 @@ class Generator:
         if stats.completion_tokens == 1:
             stats.ttft_s = since_began_s
             self.metrics.time_to_first_token.observe(since_began_s)
+            self.metrics.predicted_ttft.set(stats.predicted_ttft_s or math.nan)
+            self.chunker.saw_ttft(stats.predicted_ttft_s, since_began_s)
         else:
             self.metrics.inter_token_latency.observe(since_last_s)
         self.link.send_telemetry(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grpc
 from prometheus_client import CollectorRegistry
 
+from hat_runtime.control.drafting import PAST
 from hat_runtime.device.estimates import Acceptance, LinkEstimate
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
@@ -51,6 +52,12 @@ class CloudLink:
         self.timeout_s = timeout_s
         self.estimate = LinkEstimate()
         self.acceptance = Acceptance()
+        self.cloud_cost = pb.CostHints()
+        """What the cloud said last of the cost of its passes."""
+        self.cloud_wait_s = 0.0
+        """From the arrival of a Step in the cloud to its pass, where no other of its session is there; average."""
+        self.company = 0.0
+        """Rows of other sessions in a pass, average."""
         self.retry_at_s = 0.0
         """time.monotonic() before which the cloud asked not to be bothered (Notice RETRY)."""
         self.sessions: set[CloudSession] = set()
@@ -154,9 +161,12 @@ class CloudLink:
         return LinkRate(up=await rate(True), down=await rate(False))
 
     def saw_result(
-        self, sent_bytes: int, submitted_s: float, queue_s: float, compute_s: float, alone: bool
+        self, sent_bytes: int, submitted_s: float, queue_s: float, compute_s: float, company: int, alone: bool
     ) -> None:
         """Note the timing of a Step that was answered just now (called by the sessions)."""
+        if alone:
+            self.cloud_wait_s = PAST * self.cloud_wait_s + (1 - PAST) * queue_s
+            self.company = PAST * self.company + (1 - PAST) * company
         self.metrics.cloud_queue.observe(queue_s)
         self.metrics.cloud_step.observe(compute_s)
         self.estimate.add(sent_bytes, submitted_s, time.monotonic(), queue_s + compute_s, alone=alone)

@@ -87,6 +87,11 @@ class DeviceMetrics:
             "Round-trip time of a small Step without the cloud's work.",
             registry=registry,
         )
+        self.predicted_ttft = Gauge(
+            "hat_predicted_time_to_first_token_seconds",
+            "What the latest prompt's time to the first token was expected to be; NaN where too little was known.",
+            registry=registry,
+        )
         self.chunk_size = Gauge("hat_chunk_size_tokens", "Tokens of a prompt chunk.", registry=registry)
         self.cloud_queue = Histogram(
             "hat_cloud_queue_seconds",

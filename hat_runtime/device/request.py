@@ -50,7 +50,9 @@ class GenerationStats:
     finish_reason: str = ""
     """"stop", "length", "cancelled" or "error"."""
     chunk_tokens: int = 0
-    """Tokens of a prompt chunk; 0: the prompt went in one Step."""
+    """Tokens of a prompt chunk, the last one chosen; 0: the prompt went in one Step."""
+    predicted_ttft_s: float | None = None
+    """What the time to the first token was expected to be; None: too little was known."""
     cloud_compute_s: float = 0.0
     """Sum over the Steps, in the cloud's own clock. Steps that shared a pass count it each."""
     cloud_queue_s: float = 0.0

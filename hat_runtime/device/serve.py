@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,8 +57,6 @@ class DeviceConfig:
     listen_host: str = "127.0.0.1"
     listen_port: int = 0
     """0 takes a free port."""
-    chunk_tokens: int = 128
-    """Tokens of a prompt that travel together; 0: the whole prompt at once."""
     dtype: str = "bfloat16"
     codecs: CodecChoice = field(default_factory=CodecChoice)
     """How shallow states travel."""
@@ -80,11 +78,9 @@ class DeviceConfig:
     cloud_wait_s: float = 0.0
     """How long to try to reach the cloud while starting."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """Further policies; its chunk_tokens is not used."""
+    """Further policies."""
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 0:
-            raise UsageError(f"--chunk-tokens {self.chunk_tokens}: must be 0 (the whole prompt) or more")
         check_name(self.drafter)
         if self.max_concurrent < 1:
             raise UsageError(f"--max-concurrent {self.max_concurrent}: must be at least 1")
@@ -194,11 +190,10 @@ def _example(device: RunningDevice, *, with_key: bool) -> str:
 async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Generator:
     """A generator, as soon as the cloud can be reached."""
     until = time.monotonic() + config.cloud_wait_s
-    policy = replace(config.generator, chunk_tokens=config.chunk_tokens)
     while True:
         api.why_not_ready = f"asking the cloud at {config.cloud}, then loading the model"
         try:
-            return await _connect_once(config, policy, metrics)
+            return await _connect_once(config, config.generator, metrics)
         except CloudUnavailable as error:
             if time.monotonic() >= until:
                 raise

@@ -37,7 +37,6 @@ class CloudSession:
         self.binding = binding
         self.session_id = ""
         self.limits = pb.Limits()
-        self.cost = pb.CostHints()
         self.epoch = 0
         self.committed = 0
         self.evictions = 0
@@ -265,7 +264,8 @@ class CloudSession:
         elif kind == "opened":
             opened = message.opened
             self.session_id = opened.session_id
-            self.limits, self.cost = opened.limits, opened.cost
+            self.limits = opened.limits
+            self.link.cloud_cost = opened.cost
             self.takes_alternatives = opened.protocol_minor >= ALTERNATIVES_SINCE
             if not self._opened.done():
                 self._opened.set_result(None)
@@ -300,7 +300,10 @@ class CloudSession:
                     deep = codec.decode(payload, rows, self.binding.hidden_size, self.binding.dtype)
             except ValueError as error:
                 raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
-            self.link.saw_result(step.sent_bytes, step.submitted_s, queue_s, compute_s, step.alone)
+            company = max(0, result.batch_tokens - step.n - len(step.alternatives))
+            self.link.saw_result(step.sent_bytes, step.submitted_s, queue_s, compute_s, company, step.alone)
+            if result.HasField("cost"):
+                self.link.cloud_cost = result.cost
         if not step.future.done():
             tokens, proposed = result.batch_tokens, result.suggested_chunk
             verdict = result.verdict if result.HasField("verdict") else None

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from hat_runtime.control.cost import PassCost
 from hat_runtime.device.chain import DraftPlan, Speculation
 from hat_runtime.device.drafting.base import Drafter, DraftState
 from hat_runtime.device.jobs import DeviceFull, Job, ShallowJob, Turn, TurnJob
@@ -70,6 +71,11 @@ class DeviceModel:
     def shallow_s_per_token(self) -> float:
         """Duration of the latest input pass of at least 16 tokens, per token; 0 before there was one."""
         return self._worker.shallow_s_per_token
+
+    @property
+    def shallow_cost(self) -> PassCost | None:
+        """What a pass of the input layers costs, as seen lately; None while that is not known."""
+        return self._worker.shallow_cost.fit()
 
     @classmethod
     def load(

@@ -73,7 +73,7 @@ class TokenGenerator(Generator):
             self.conversations,
             open_session=lambda: self._open_session(request),
             policy=self.policy,
-            chunk=1,  # ids are not cut into chunks: the cloud's passes are
+            chunk_at=lambda start, total: 1,  # ids are not cut into chunks: the cloud's passes are
             max_evictions=self.config.max_evictions,
             speculation=self.speculation,
             pace=self.pace,

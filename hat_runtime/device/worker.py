@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hat_runtime.control.cost import CostFit
 from hat_runtime.device.drafting.base import Drafter
 from hat_runtime.device.jobs import DeviceFull, Job, TurnJob
 from hat_runtime.model.hf import DeviceEnds
@@ -36,6 +37,8 @@ class Worker:
     def __init__(self, ends: DeviceEnds, runner: LayerRunner, drafter: Drafter | None = None) -> None:
         self.shallow_s_per_token = 0.0
         """Duration of the latest input pass of at least 16 tokens, per token."""
+        self.shallow_cost = CostFit()
+        """Of input passes."""
         self._ends = ends
         self._runner = runner
         self._drafter = drafter
@@ -194,8 +197,11 @@ class Worker:
                 for job, part in zip(jobs, parts, strict=True)
             ]
         )
+        took_s = time.perf_counter() - began
+        pairs = sum(count * (job.start + count) for job, count in zip(jobs, rows, strict=True))
+        self.shallow_cost.observe(len(embedded), pairs, took_s)
         if len(embedded) >= 16:
-            self.shallow_s_per_token = (time.perf_counter() - began) / len(embedded)
+            self.shallow_s_per_token = took_s / len(embedded)
         return hidden
 
 

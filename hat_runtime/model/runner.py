@@ -33,6 +33,7 @@ class Layers(Protocol):
     """What computes hidden states from hidden states, with keys and values in a paged cache."""
 
     device: torch.device
+    hidden_size: int
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Packed rows [T, width] at positions int64 [T] -> [T, hidden_size]; writes the new keys and values."""

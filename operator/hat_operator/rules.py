@@ -77,9 +77,11 @@ RULES: dict[str, Callable[[Any], bool]] = {
         "self.mode == 'hat' || (has(self.speculation.maxDraft) ? self.speculation.maxDraft : 4) "
         "* (has(self.speculation.window) ? self.speculation.window : 2) <= 64"
     ): lambda self: self["mode"] == "hat" or _drafts_under_way(self) <= 64,
-    "self.mode == 'hat' || self.chunking.tokens == 128": lambda self: (
-        self["mode"] == "hat" or self["chunking"]["tokens"] == 128
+    "self.mode == 'hat' || !has(self.chunking.tokens) || self.chunking.tokens == 128": lambda self: (
+        self["mode"] == "hat" or self["chunking"].get("tokens", 128) == 128
     ),
+    "self.minTokens <= self.maxTokens": lambda self: self["minTokens"] <= self["maxTokens"],
+    "self.mode == 'fixed' || !has(self.tokens)": lambda self: self["mode"] == "fixed" or "tokens" not in self,
     "self.mode == 'hat' || (self.wire.uplink == 'none' && self.wire.uplinkDecode == 'none')": lambda self: (
         self["mode"] == "hat" or self["wire"]["uplink"] == self["wire"]["uplinkDecode"] == "none"
     ),
@@ -131,6 +133,5 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ),
     "self.l4t == '' || self.arch == 'arm64'": lambda self: self["l4t"] == "" or self["arch"] == "arm64",
     "self == 'none'": lambda self: bool(self == "none"),
-    "self == 'fixed'": lambda self: bool(self == "fixed"),
     "self == 'off'": lambda self: bool(self == "off"),
 }

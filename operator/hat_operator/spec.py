@@ -11,7 +11,7 @@ from typing import Any
 
 from hat_operator.fields import Fields, SpecError
 from hat_operator.sources import Claim, Source
-from hat_operator.tuning import Speculation, Wire
+from hat_operator.tuning import Chunking, Speculation, Wire
 
 __all__ = ["HatDeployment", "SpecError"]
 
@@ -138,7 +138,7 @@ class Spec:
     cloud: Cloud
     edge: Edge | None
     speculation: Speculation
-    chunk_tokens: int
+    chunking: Chunking
     wire: Wire
     pull_secrets: tuple[str, ...]
     network_policies: bool
@@ -204,7 +204,7 @@ def _spec(spec: Fields) -> Spec:
         cloud=_cloud(spec.sub("cloud")),
         edge=None if edge is None else _edge(edge),
         speculation=Speculation.parse(spec.sub("speculation"), mode),
-        chunk_tokens=spec.sub("chunking").number("tokens"),
+        chunking=Chunking.parse(spec.sub("chunking")),
         wire=Wire.parse(spec.sub("wire")),
         pull_secrets=tuple(item.text("name") for item in spec.items("imagePullSecrets")),
         network_policies=spec.sub("security").flag("networkPolicies"),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from hat_operator.fields import Fields
 from hat_operator.sources import Source
 
+FIXED_CHUNK = 128
+"""Tokens of a chunk in mode fixed, where nothing is written."""
 _MOST_GUESSES = {"hat": 6, "picospec": 4}
 
 
@@ -40,6 +42,28 @@ class Speculation:
             branches=fields.number("branches"),
             alternatives=fields.number("alternatives") if fields.has("alternatives") else None,
             sampler=fields.text("sampler"),
+        )
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How devices cut prompts."""
+
+    mode: str
+    tokens: int
+    """Of mode fixed."""
+    least: int
+    """Of the other modes, like `most`."""
+    most: int
+
+    @classmethod
+    def parse(cls, fields: Fields) -> Chunking:
+        """Read spec.chunking. Raises SpecError."""
+        return cls(
+            mode=fields.text("mode"),
+            tokens=fields.number("tokens", FIXED_CHUNK),
+            least=fields.number("minTokens"),
+            most=fields.number("maxTokens"),
         )
 
 

@@ -46,7 +46,7 @@ DEFAULTS = {
         "template": {},
     },
     "speculation": {"drafter": "auto", "branches": 1, "sampler": "coupled"},
-    "chunking": {"mode": "fixed", "tokens": 128},
+    "chunking": {"mode": "auto", "minTokens": 64, "maxTokens": 512},
     "wire": {"uplink": "none", "uplinkDecode": "none", "downlink": "none"},
     "security": {"networkPolicies": True, "tls": "off"},
     "observability": {"logLevel": "info", "podMonitor": "auto"},

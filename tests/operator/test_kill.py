@@ -23,7 +23,7 @@ WITHIN_S = 60.0
 SEED = int(os.environ.get("HAT_KILL_SEED") or random.SystemRandom().randrange(10**6))
 CHANGES: list[dict[str, Any]] = [
     {"split": {"inputLayers": 4}, "cloud": {"replicas": 2}},
-    {"security": {"networkPolicies": False}, "chunking": {"tokens": 0}},
+    {"security": {"networkPolicies": False}, "chunking": {"mode": "fixed", "tokens": 0}},
     {"edge": {"images": [{"name": "pc", "arch": "amd64"}], "api": {"port": 9000}}},
 ]
 

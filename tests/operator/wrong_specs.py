@@ -69,7 +69,13 @@ WRONG = {
         {"spec.speculation.sampler": "greedy"},
         ("spec.speculation.sampler", '"greedy"', '"coupled", "rejection", "thinning", "topk"'),
     ),
-    "chunk-mode": Wrong({"spec.chunking.mode": "balance"}, ("chunking.mode:", "write fixed")),
+    "chunk-bounds": Wrong(
+        {"spec.chunking.minTokens": 600}, ("chunking.minTokens: may be at most chunking.maxTokens",)
+    ),
+    "chunk-tokens-of-auto": Wrong(
+        {"spec.chunking.tokens": 64},
+        ("chunking.tokens: goes with mode: fixed; write that, or remove tokens",),
+    ),
     "uplink": Wrong(
         {"spec.wire.uplink": "raw"}, ("spec.wire.uplink", '"raw"', '"none", "bf16", "int8", "int4"')
     ),
@@ -99,7 +105,8 @@ WRONG = {
         {"spec.cloud.maxSessions": 0}, ("spec.cloud.maxSessions", "greater than or equal to 1")
     ),
     "chunk-tokens": Wrong(
-        {"spec.chunking.tokens": 4097}, ("spec.chunking.tokens", "less than or equal to 4096")
+        {"spec.chunking": {"mode": "fixed", "tokens": 4097}},
+        ("spec.chunking.tokens", "less than or equal to 4096"),
     ),
     "draft-negative": Wrong(
         {"spec.speculation.maxDraft": -1}, ("spec.speculation.maxDraft", "-1", "greater than or equal to 0")
@@ -191,7 +198,9 @@ WRONG = {
         {"spec.speculation": {"maxDraft": 5, "window": 16}}, ("speculation.maxDraft:", "64"), TOKENS
     ),
     "tokens-chunks": Wrong(
-        {"spec.chunking.tokens": 64}, ("chunking.tokens: mode picospec sends token ids", "remove it"), TOKENS
+        {"spec.chunking": {"mode": "fixed", "tokens": 64}},
+        ("chunking.tokens: mode picospec sends token ids", "remove it"),
+        TOKENS,
     ),
     "tokens-uplink": Wrong(
         {"spec.wire.uplink": "int8"}, ("wire.uplink and wire.uplinkDecode: mode picospec",), TOKENS

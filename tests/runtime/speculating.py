@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
+from hat_runtime.device.chunking import ChunkConfig
 from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.policy import DraftConfig
@@ -42,7 +43,7 @@ async def device(
         model,
         address,
         "float32",
-        config=GeneratorConfig(chunk_tokens=32, drafting=config),
+        config=GeneratorConfig(chunking=ChunkConfig(32), drafting=config),
         drafter=drafter,
         page_tokens=4,
         **({"kv_tokens": 4096} | fields),

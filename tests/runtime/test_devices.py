@@ -12,6 +12,7 @@ import pytest
 
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.device import link
+from hat_runtime.device.chunking import ChunkConfig
 from hat_runtime.device.connect import connect
 from hat_runtime.device.drafting.factory import NONE
 from hat_runtime.device.generator import GeneratorConfig
@@ -28,7 +29,7 @@ async def rows(cloud: RunningCloud) -> list[dict[str, Any]]:
 
 
 async def answer(cloud: RunningCloud, model: Path, name: str, chunk: int, drafter: str = NONE) -> None:
-    config = GeneratorConfig(chunk_tokens=chunk, device_name=name)
+    config = GeneratorConfig(chunking=ChunkConfig(chunk), device_name=name)
     generator = await connect(model, cloud.address, "float32", config=config, drafter=drafter)
     try:
         request = GenerationRequest(list(range(5, 75)), 6, stop_ids=frozenset())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hat_runtime.cloud.serve import CloudConfig, running_cloud
+from hat_runtime.device.chunking import ChunkConfig
 from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import GenerationRequest, Generator, GeneratorConfig
 from hat_runtime.emulation.link import EmulatedLink, emulated_link
@@ -24,7 +25,7 @@ async def over(link: str, model: Path) -> AsyncIterator[tuple[Generator, Emulate
     config = CloudConfig(model, 2, dtype="float32", kv_bytes=64 << 20, drain_s=0.1)
     async with running_cloud(config) as cloud:
         with emulated_link(cloud.address, LinkSpec.parse(link)) as emulated:
-            policy = GeneratorConfig(chunk_tokens=16)
+            policy = GeneratorConfig(chunking=ChunkConfig(16))
             generator = await connect(model, emulated.address, "float32", config=policy)
             try:
                 yield generator, emulated

@@ -28,7 +28,7 @@ conditions = st.builds(
     row_bytes=st.sampled_from([576.0, 1152.0, 8192.0]),
     uplink_bytes_per_s=st.floats(1e4, 1e9),
     rtt_s=st.floats(0, 0.3),
-    shallow_s=st.floats(0, 1e-3),
+    shallow=st.builds(PassCost, st.floats(0, 0.01), st.floats(0, 1e-3), st.floats(0, 1e-7)),
     cost=costs,
     wait_s=st.floats(0, 0.2),
     company=st.integers(0, 64),
@@ -40,8 +40,8 @@ lengths = st.integers(1, 4096)
 
 def seen(rate_mbit: float = 20, **fields: float) -> Conditions:
     """The default model on one core (design.md 11) behind a link."""
-    usual = Conditions(1152, rate_mbit * MEGABIT, 0.02, 1.5e-4, PassCost(0.018, 6e-4, 1e-7))
-    return replace(usual, **fields)
+    usual = Conditions(1152, rate_mbit * MEGABIT, 0.02, PassCost(0.003, 5e-5), PassCost(0.03, 5e-4, 1e-7))
+    return replace(usual, **fields)  # type: ignore[arg-type]
 
 
 @given(conditions, lengths, bounds, st.none() | st.integers(1, 4096))
@@ -92,30 +92,22 @@ def test_a_faster_link_is_never_predicted_to_be_slower(
 def test_no_prediction_beats_the_limit(now: Conditions, total: int, chunk: int) -> None:
     """picospec.md 4.4, with the parts of these conditions."""
     assert now.cost is not None
-    parts = limits.LimitParts(
-        now.row_bytes,
-        now.uplink_bytes_per_s,
-        1e15,
-        now.rtt_s,
-        0.0,
-        0.0,
-        0.0,
-        now.cost.per_token_s,
-        now.shallow_s,
-    )
+    assert now.shallow is not None
+    each = (0.0, 0.0, 0.0, now.cost.per_token_s, now.shallow.per_token_s)
+    parts = limits.LimitParts(now.row_bytes, now.uplink_bytes_per_s, 1e15, now.rtt_s, *each)
     assert predicted_ttft(now, 0, total, chunk) >= limits.ttft_chunked_limit(parts, total) * (1 - 1e-9)
 
 
 def test_prediction_of_one_chunk_is_the_sum_of_its_parts() -> None:
     now = seen()
     assert now.cost is not None
-    expected = 100 * 1.5e-4 + 100 * 1152 / (20 * MEGABIT) + 0.02 + now.cost.seconds(100, 100)
+    expected = 0.003 + 100 * 5e-5 + 100 * 1152 / (20 * MEGABIT) + 0.02 + now.cost.seconds(100, 100)
     assert predicted_ttft(now, 0, 100, 128) == pytest.approx(expected)
     assert predicted_ttft(replace(now, wait_s=0.03), 0, 100, 128) == pytest.approx(expected + 0.03)
 
 
 def test_unknown_conditions_change_nothing() -> None:
-    for now in (seen(uplink_bytes_per_s=0.0), replace(seen(), cost=None)):
+    for now in (seen(uplink_bytes_per_s=0.0), replace(seen(), cost=None), replace(seen(), shallow=None)):
         assert predictive(now, 0, 2000, Bounds(), 200) == balance(now, 2000, Bounds(), 200) == 200
         assert predictive(now, 0, 2000, Bounds()) == balance(now, 2000, Bounds()) == FALLBACK
         with pytest.raises(ValueError, match="not known"):

@@ -52,6 +52,28 @@ def test_does_not_guess_from_passes_of_one_size() -> None:
     assert fit.fit() is None
 
 
+def test_passes_of_one_size_do_not_make_it_forget_the_others() -> None:
+    rng, cost = random.Random(4), PassCost(0.02, 1e-3)
+    fit = CostFit()
+    observe(fit, cost, 60, rng)
+    for _ in range(2000):
+        fit.observe(16, 16 * 400, cost.seconds(16, 400) * rng.uniform(0.99, 1.01))
+    check(fit, cost, 0.1)
+
+
+def test_reading_the_cache_costs_beside_the_new_tokens() -> None:
+    rng, cost, fit = random.Random(5), PassCost(0.03, 5e-4, 1e-7, 1e-5), CostFit()
+    for _ in range(400):
+        texts, new = rng.choice([(1, 1), (1, 64), (1, 256), (4, 1), (16, 1), (8, 4)])
+        total = rng.randrange(300, 900)
+        seconds = 0.03 + texts * (1e-5 * total + new * (5e-4 + 1e-7 * total))
+        fit.observe(texts * new, texts * new * total, seconds * rng.uniform(0.97, 1.03), texts * total)
+    found = fit.fit()
+    assert found is not None
+    assert found.per_cached_s == pytest.approx(cost.per_cached_s, rel=0.15)
+    check(fit, cost, 0.1)
+
+
 def test_says_how_far_off_it_was() -> None:
     rng, calm, wild = random.Random(3), CostFit(), CostFit()
     for _ in range(200):

@@ -113,6 +113,7 @@ def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
         (stats.tbt_s, stats.completion_tokens - 1) for stats in all_stats if stats.completion_tokens > 1
     ]
     count = sum(n for _, n in intervals)
+    predicted = [stats.predicted_ttft_s for stats in all_stats if stats.predicted_ttft_s is not None]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -129,6 +130,7 @@ def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
             "alternatives": sum(stats.alternatives for stats in all_stats),
             "alternatives_accepted": sum(stats.alternatives_accepted for stats in all_stats),
             "refusals": sum(stats.refusals for stats in all_stats),
+            "predicted_ttft_s": None if not predicted else round(min(predicted), 6),
             "chunk_tokens": max((stats.chunk_tokens for stats in all_stats), default=0),
             "cloud_compute_s": round(sum(stats.cloud_compute_s for stats in all_stats), 6),
             "cloud_queue_s": round(sum(stats.cloud_queue_s for stats in all_stats), 6),

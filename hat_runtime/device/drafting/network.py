@@ -102,6 +102,7 @@ class _Layer:
     def __init__(self, net: DrafterNet, device: torch.device) -> None:
         self._net = net
         self.device = device
+        self.hidden_size = net.shape.hidden_size
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         shape = self._net.shape

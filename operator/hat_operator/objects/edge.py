@@ -8,7 +8,7 @@ from hat_operator import names
 from hat_operator.objects import pods
 from hat_operator.settings import Settings
 from hat_operator.spec import Edge, EdgeImage, HatDeployment
-from hat_operator.tuning import Speculation, Wire
+from hat_operator.tuning import Chunking, Speculation, Wire
 
 DEFAULT_CPU = "500m"
 DEFAULT_MEMORY = "2Gi"
@@ -90,7 +90,7 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     picospec = hat.spec.mode == "picospec"
     args = ["device", "serve", "--model", files.path, "--cloud", endpoint]
     args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}"]
-    args += [] if picospec else ["--chunk-tokens", str(hat.spec.chunk_tokens)]
+    args += [] if picospec else _chunking(hat.spec.chunking)
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
     if picospec:
         args += ["--mode", "picospec", "--draft-model", files.path, *_speculating(hat.spec.speculation)]
@@ -134,6 +134,14 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     if edge.runtime_class:
         spec["runtimeClassName"] = edge.runtime_class
     return spec
+
+
+def _chunking(wanted: Chunking) -> list[str]:
+    if wanted.mode == "fixed":
+        return ["--chunk-tokens", str(wanted.tokens)]
+    policy = "predictive" if wanted.mode == "auto" else wanted.mode
+    bounds = f"{wanted.least}:{wanted.most}"
+    return ["--chunk-tokens", "auto", "--chunk-policy", policy, "--chunk-bounds", bounds]
 
 
 def _drafting(wanted: Speculation) -> list[str]:

@@ -20,10 +20,12 @@ def daemonset(edge: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]
 
 def test_command_line_is_one_that_hat_understands() -> None:
     keys = {"modelName": "gpt", "keySecretRef": {"name": "keys", "key": "k.txt"}}
-    thing = daemonset({"api": keys}, chunking={"tokens": 64}, cloud={"expose": {"host": "h", "port": 9}})
+    thing = daemonset(
+        {"api": keys}, chunking={"mode": "fixed", "tokens": 64}, cloud={"expose": {"host": "h", "port": 9}}
+    )
     args = build_parser().parse_args(main(thing)["args"])
     assert (str(args.model), args.cloud, args.listen) == ("/model/part", "h:9", "0.0.0.0:8000")
-    assert (args.chunk_tokens, args.dtype, args.device) == (64, "bfloat16", "cpu")
+    assert (args.chunk_tokens, args.dtype, args.device) == ("64", "bfloat16", "cpu")
     assert (args.model_name, str(args.api_key_file)) == ("gpt", "/keys/k.txt")
     (volume,) = [volume for volume in pod(thing)["volumes"] if "secret" in volume]
     assert volume["secret"]["secretName"] == "keys"
@@ -80,6 +82,23 @@ def test_drafting_where_nothing_is_written() -> None:
 def test_drafting_as_written(field: str, value: Any, changed: dict[str, Any]) -> None:
     wanted = dataclasses.replace(drafting(defaults()), **changed)
     assert drafting(served_with(speculation={field: value})) == wanted
+
+
+@pytest.mark.parametrize(
+    ("chunking", "wanted"),
+    [
+        ({}, (None, "predictive", 64, 512)),
+        ({"mode": "auto"}, (None, "predictive", 64, 512)),
+        ({"mode": "balance", "minTokens": 16, "maxTokens": 99}, (None, "balance", 16, 99)),
+        ({"mode": "fixed"}, (128, "predictive", 64, 512)),
+        ({"mode": "fixed", "tokens": 0}, (0, "predictive", 64, 512)),
+    ],
+)
+def test_chunks_as_written(chunking: dict[str, Any], wanted: tuple[int | None, str, int, int]) -> None:
+    from hat_runtime.cli.chunking_options import chunking_config
+
+    found = chunking_config(served_with(chunking=chunking))
+    assert (found.tokens, found.policy, found.bounds.least, found.bounds.most) == wanted
 
 
 def names_of(field: str) -> set[str]:

@@ -63,7 +63,7 @@ def test_revision_changes_with_what_both_sides_agree_on(other: dict[str, object]
         {"cloud": {"replicas": 5, "maxSessions": 3, "resources": {"requests": {"cpu": 2}}}},
         {"observability": {"logLevel": "debug"}},
         {"suspend": True},
-        {"chunking": {"tokens": 0}},
+        {"chunking": {"mode": "fixed", "tokens": 0}},
         {"speculation": {"drafter": "none"}},
         {"wire": {"uplink": "int8", "uplinkDecode": "int8"}},  # a cloud takes every codec
         {"edge": {"runtimeClassName": "nvidia"}},

@@ -642,8 +642,9 @@ Global___Opened: _TypeAlias = Opened  # noqa: Y015
 
 @_typing.final
 class CostHints(_message.Message):
-    """Time of one engine step as seen lately: seconds = fixed_s + per_token_s * new tokens + per_pair_s * new * total tokens,
-    both terms summed over the texts in it; `total` counts a text's tokens after the step. Zero when not known yet.
+    """Time of one engine step as seen lately: seconds = fixed_s + per_token_s * new tokens + per_pair_s * new * total tokens +
+    per_cached_s * total tokens, all but the first summed over the texts in it; `total` counts a text's tokens after the step. Zero when not
+    known yet.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -651,20 +652,28 @@ class CostHints(_message.Message):
     FIXED_S_FIELD_NUMBER: _builtins.int
     PER_TOKEN_S_FIELD_NUMBER: _builtins.int
     PER_PAIR_S_FIELD_NUMBER: _builtins.int
+    PER_CACHED_S_FIELD_NUMBER: _builtins.int
+    PROMPT_ROWS_FIELD_NUMBER: _builtins.int
     fixed_s: _builtins.float
     per_token_s: _builtins.float
     per_pair_s: _builtins.float
     """Since 1.3."""
+    per_cached_s: _builtins.float
+    """Since 1.3."""
+    prompt_rows: _builtins.int
+    """Most rows of a prompt in one step, at the present load. Since 1.3."""
     def __init__(
         self,
         *,
         fixed_s: _builtins.float = ...,
         per_token_s: _builtins.float = ...,
         per_pair_s: _builtins.float = ...,
+        per_cached_s: _builtins.float = ...,
+        prompt_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed_s", b"fixed_s", "per_pair_s", b"per_pair_s", "per_token_s", b"per_token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed_s", b"fixed_s", "per_cached_s", b"per_cached_s", "per_pair_s", b"per_pair_s", "per_token_s", b"per_token_s", "prompt_rows", b"prompt_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -686,6 +695,7 @@ class Result(_message.Message):
     COMPUTE_US_FIELD_NUMBER: _builtins.int
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     SUGGESTED_CHUNK_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     epoch: _builtins.int
@@ -703,6 +713,10 @@ class Result(_message.Message):
     suggested_chunk: _builtins.int
     """Chunk size that the cloud proposes, in tokens; 0 means no proposal."""
     @_builtins.property
+    def cost(self) -> Global___CostHints:
+        """As in Opened, of now; on Results of want LAST. Since 1.3."""
+
+    @_builtins.property
     def verdict(self) -> Global___Verdict:
         """Token mode, want LAST. Since 1.2."""
 
@@ -719,11 +733,12 @@ class Result(_message.Message):
         compute_us: _builtins.int = ...,
         batch_tokens: _builtins.int = ...,
         suggested_chunk: _builtins.int = ...,
+        cost: Global___CostHints | None = ...,
         verdict: Global___Verdict | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_tokens", b"batch_tokens", "compute_us", b"compute_us", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "queue_us", b"queue_us", "start_pos", b"start_pos", "status", b"status", "suggested_chunk", b"suggested_chunk", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_tokens", b"batch_tokens", "compute_us", b"compute_us", "cost", b"cost", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "queue_us", b"queue_us", "start_pos", b"start_pos", "status", b"status", "suggested_chunk", b"suggested_chunk", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
