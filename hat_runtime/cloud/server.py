@@ -263,7 +263,8 @@ class RuntimeService:
     def _messages(self, event: Any) -> Any:
         if isinstance(event, StepDone):
             verdict = None if event.verdict is None else verdict_message(event.verdict)
-            return result_frames(event, verdict, self._cost_hints() if event.work.want is Want.LAST else None)
+            of_prompt = event.work.want is Want.LAST and event.work.tokens is None
+            return result_frames(event, verdict, self._cost_hints() if of_prompt else None)
         if isinstance(event, Decoded):
             return (decoded_message(event),)
         if isinstance(event, Evicted):
