@@ -135,6 +135,10 @@ full-acceptance: $(STAMP)  ## tokens a round of every drafter on the report sets
 full-capacity: $(STAMP)  ## what a core of the cloud serves, with and without speculation
 	@$(BIN)/python benchmarks/capacity.py $(ARGS)
 
+.PHONY: full-chunking
+full-chunking: $(STAMP)  ## chunk sizes that follow link and load against every fixed one; what prompts cost others
+	@$(BIN)/python benchmarks/chunking.py $(ARGS)
+
 .PHONY: full-codec-quality
 full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model
 	@$(BIN)/python benchmarks/codec_quality.py $(ARGS)

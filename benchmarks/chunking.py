@@ -56,6 +56,8 @@ APART = 2
 """Prompts after a step that do not count."""
 AWAY_S = 0.030
 """What other sessions' devices and links take between an answer and the next Step."""
+ALONE_S = 15.0
+"""Others decode for so long before a prompt comes."""
 HISTORY = 200
 """Tokens of other sessions' texts."""
 
@@ -277,11 +279,11 @@ def _others(name: str, address: str, url: str, prompt: list[int], chunk: int | N
     """16 sessions decode for a while alone, then beside a long prompt."""
     progress(f"others' time between tokens: {name}")
     with Load(address, PHASES[-1].sessions) as load:
-        time.sleep(15)
+        time.sleep(ALONE_S)
         begun_s = time.monotonic()
         ttft_s = stream_completion(url, prompt, max_tokens=1, chunk_tokens=chunk).figures["ttft_s"]
         ended_s = time.monotonic()
-    settled_s = begun_s - 12
+    settled_s = begun_s - 0.8 * ALONE_S
     alone = [took for when, took in load.seen if settled_s < when < begun_s]
     beside = [took for when, took in load.seen if begun_s <= when <= ended_s]
     return Others(name, _percentiles(alone), _percentiles(beside), ttft_s)
@@ -344,9 +346,9 @@ def _body(results: dict[Phase, dict[str, Seen]], others: Sequence[Others]) -> st
 def _about(args: argparse.Namespace) -> str:
     return f"""
 Prompts of {PROMPT:,} tokens (joined CNN/DailyMail articles), {args.prompts} of each way in each phase after {APART}
-that do not count, bfloat16, 3 layers on the device, round trip {RTT_S * 1e3:.0f} ms, device and cloud on a core each;
-the emulated link and the other sessions run on the device's core. predictive and balance choose sizes from 64 to 512 by
-themselves and know of a phase only what they measure in it. Other sessions decode a token, are away for
+that do not count, bfloat16, 3 layers on the device, round trip {RTT_S * 1e3:.0f} ms, device and cloud on a core each.
+The emulated link and the other sessions run on the device's core. predictive and balance choose sizes from 64 to 512
+by themselves and know of a phase only what they measure in it. Other sessions decode a token, are away for
 {AWAY_S * 1e3:.0f} ms, and so on.
 """
 

@@ -25,6 +25,9 @@ from hat_runtime.device.link import CloudLink
 from hat_runtime.device.steps import Binding
 from hat_runtime.errors import UsageError
 
+LINK_CHANGE = 0.3
+"""A link that is so much faster or slower than before is worth another size in the middle of a prompt."""
+
 
 @dataclass(frozen=True)
 class ChunkConfig:
@@ -51,20 +54,27 @@ class Chunker:
         self._link = link
         self._binding = binding
         self._current: int | None = None
+        self._rate = 0.0
+        """The link's when the size was chosen."""
         self._rest_s = 0.0
         """Part of the time to the first token that no prediction has: head, sampling, queues on the device."""
 
-    def size(self, start: int, total: int, shallow: PassCost | None) -> int:
+    def size(self, start: int, total: int, shallow: PassCost | None, *, first: bool = True) -> int:
         """Tokens of the next chunk; 0: all that is left.
 
         Args:
             start: tokens that the cloud holds, or that are on their way.
             total: tokens of the text.
             shallow: cost of the input submodel's passes; None: not known.
+            first: it is the upload's first chunk. The others are of the same size, unless the link has changed since.
         """
         if self.config.tokens is not None:
             return self.config.tokens
         now, bounds = self.conditions(shallow), self.config.bounds
+        changed = abs(now.uplink_bytes_per_s - self._rate) > LINK_CHANGE * self._rate
+        if self._current is not None and not first and not changed:
+            return self._current
+        self._rate = now.uplink_bytes_per_s
         if self.config.policy == BALANCE:
             self._current = balance(now, total, bounds, self._current)
         else:

@@ -184,7 +184,8 @@ class Generator:
         shallow, stats = self.model.shallow_cost, request.stats
         chunk = request.chunk_tokens
         if chunk is None:
-            chunk = self.chunker.size(start, total, shallow)
+            first = stats.predicted_ttft_s is None and stats.chunk_tokens == 0
+            chunk = self.chunker.size(start, total, shallow, first=first)
         if stats.predicted_ttft_s is None and not stats.completion_tokens:  # the first chunk
             stats.predicted_ttft_s = self.chunker.predicted_s(start, total, chunk, shallow)
         stats.chunk_tokens = chunk

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hat_runtime.cloud.serve import CloudConfig, running_cloud
+from hat_runtime.control.chunk_policy import Bounds
 from hat_runtime.device.chunking import ChunkConfig
 from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import GenerationRequest, Generator, GeneratorConfig
@@ -21,11 +22,13 @@ PROMPT = [7 + 3 * i % 190 for i in range(120)]
 
 
 @asynccontextmanager
-async def over(link: str, model: Path) -> AsyncIterator[tuple[Generator, EmulatedLink]]:
+async def over(
+    link: str, model: Path, chunking: ChunkConfig | None = None
+) -> AsyncIterator[tuple[Generator, EmulatedLink]]:
     config = CloudConfig(model, 2, dtype="float32", kv_bytes=64 << 20, drain_s=0.1)
     async with running_cloud(config) as cloud:
         with emulated_link(cloud.address, LinkSpec.parse(link)) as emulated:
-            policy = GeneratorConfig(chunking=ChunkConfig(16))
+            policy = GeneratorConfig(chunking=chunking or ChunkConfig(16), min_reuse_tokens=10_000)
             generator = await connect(model, emulated.address, "float32", config=policy)
             try:
                 yield generator, emulated
@@ -46,6 +49,28 @@ async def plain(tiny_llama: Path) -> list[int]:
     """The answer over loopback."""
     async with over("1gbit,0ms", tiny_llama) as (generator, _):
         return await ids(generator, GenerationRequest(PROMPT, 12))
+
+
+@pytest.mark.parametrize("policy", ["predictive", "balance"])
+async def test_chunk_sizes_are_chosen_once_the_link_and_the_cloud_are_known(
+    tiny_llama: Path, plain: list[int], policy: str
+) -> None:
+    """The rate is that of the link, learnt from chunks, and the text is what it is with any size."""
+    # Steps of more than 16 KiB tell the rate: 80 rows of float32 are 20 KiB.
+    config = ChunkConfig(None, policy, Bounds(20, 80))
+    long = [*PROMPT, *PROMPT, *PROMPT]
+    async with over("4mbit,20ms", tiny_llama, config) as (generator, _):
+        want = await ids(generator, GenerationRequest(long, 6, chunk_tokens=0))
+        first = GenerationRequest(PROMPT, 12)
+        assert await ids(generator, first) == plain
+        for _ in range(3):
+            request = GenerationRequest(long, 6)
+            assert await ids(generator, request) == want
+        assert 20 <= request.stats.chunk_tokens <= 80
+        assert generator.link.cloud_cost.per_token_s > 0
+        assert generator.link.estimate.uplink_bytes_per_s == pytest.approx(4e6 / 8, rel=0.3)
+        assert request.stats.predicted_ttft_s is not None
+        assert request.stats.predicted_ttft_s > len(long) * 64 * 4 / (4e6 / 8)  # what the link alone takes
 
 
 async def test_chunks_in_flight_and_what_they_weigh(tiny_llama: Path, plain: list[int]) -> None:

@@ -74,6 +74,16 @@ async def test_a_change_of_the_link_changes_the_size(link: CloudLink) -> None:
     assert len(set(sizes)) > 1
 
 
+async def test_in_the_middle_of_a_prompt_only_another_link_changes_it(link: CloudLink) -> None:
+    one = chunker(link, ChunkConfig(None, "balance"))
+    learn(link, 5e5)
+    size = one.size(0, 2000, SHALLOW)
+    learn(link, 6e5)
+    assert one.size(500, 2000, SHALLOW, first=False) == size
+    learn(link, 5e7)
+    assert one.size(500, 2000, SHALLOW, first=False) > size
+
+
 async def test_predictions_learn_what_they_leave_out(link: CloudLink) -> None:
     learn(link)
     one = chunker(link)
