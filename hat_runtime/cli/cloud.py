@@ -59,10 +59,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--max-stretch",
-        default="0.25",
+        default="none",
         metavar="SHARE",
-        help="how much longer the time between tokens of sessions that decode may become while prompts are computed; "
-        "none: prompts take all that a pass has room for (default %(default)s)",
+        help="how much longer the time between tokens of sessions that decode may become while prompts are computed, "
+        "for example 0.25; prompts are then computed a few rows at a time. none: prompts take all that a pass has room "
+        "for (default %(default)s)",
     )
     serve.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads for the layers (default: torch's choice)"

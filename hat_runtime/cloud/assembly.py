@@ -12,6 +12,9 @@ from hat_runtime.cloud.session import StepDone, StepWork, Want
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
 
+MOST_ALTERNATIVES = 8
+"""For each token of a Step: they go with its tokens, and no pass is divided for them."""
+
 _WANTS = {pb.WANT_NONE: Want.NONE, pb.WANT_LAST: Want.LAST, pb.WANT_ALL: Want.ALL}
 
 
@@ -102,6 +105,11 @@ class StepAssembler:
             raise ProtocolError(
                 f"Step.n={step.n} and {len(aside)} alternatives are more than {self._limits.max_step_tokens} rows"
             )
+        if len(aside) > MOST_ALTERNATIVES * step.n:
+            raise ProtocolError(
+                f"Step.alternatives holds {len(aside)} positions; "
+                f"at most {MOST_ALTERNATIVES} for each of n={step.n} tokens"
+            )
         for position in aside:
             if not step.start_pos <= position <= step.start_pos + step.n:
                 raise ProtocolError(
@@ -124,7 +132,7 @@ def result_frames(
                 n=work.n,
                 payload=part,
                 more=more,
-                queue_us=_micros(work.first_pass - work.arrived if work.first_pass else 0.0),
+                queue_us=_micros(work.waited_s),
                 compute_us=_micros(work.compute_s),
                 batch_tokens=work.batch_tokens,
                 verdict=verdict,

@@ -23,7 +23,6 @@ from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone,
 from hat_runtime.control.cost import CostFit
 from hat_runtime.control.holding import worth_waiting_s
 from hat_runtime.control.sharing import Decoder
-from hat_runtime.model.pages import PagedSequence
 from hat_runtime.model.runner import LayerRunner, Segment
 
 log = logging.getLogger(__name__)
@@ -32,9 +31,7 @@ IDLE_WAIT_S = 1.0
 """Longest wait for something to do before idle sessions are looked at."""
 RETURN_MARGIN = 1.25
 """A session is due this many times its usual time away after its answer."""
-CALIBRATION = ((1, 64), *((1, 1), (1, 8), (1, 64), (8, 1), (1, 256), (4, 8)) * 2)
-"""Texts and rows of each in the passes at the start; the first one is slow and fades."""
-PATIENCE = 4.0
+PATIENCE = 1.5
 """A session that stays away so many times longer than usual decodes no more."""
 PAGE_WAIT_S = 0.05
 """Longest wait before queued Steps look for pages again."""
@@ -139,7 +136,6 @@ class Engine:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         try:
-            self._calibrate()
             while self._take_commands():
                 self._reap_idle()
                 passes, forward_s = self._step()
@@ -155,23 +151,6 @@ class Engine:
                     session, Failed(grpc.StatusCode.UNAVAILABLE, "the engine failed; see the cloud's log")
                 )
             self._flush()
-
-    def _calibrate(self) -> None:
-        """Passes of several sizes, so that their cost is known before the first prompt, and nothing is slow then."""
-        cache, size = self.runner.cache, self.runner.layers.hidden_size
-        sequences = [PagedSequence() for _ in range(max(texts for texts, _ in CALIBRATION))]
-        for texts, rows in CALIBRATION:
-            pages = texts * -(-rows // cache.page_tokens)
-            if pages > cache.free_pages or texts * rows > self._config.scheduler.max_batch_tokens:
-                continue
-            hidden = torch.zeros(rows, size, dtype=cache.keys.dtype)
-            began = time.perf_counter()
-            for deep in self.runner.run([Segment(one, 0, hidden) for one in sequences[:texts]]):
-                deep.to("cpu")
-            took_s = time.perf_counter() - began
-            self.cost.observe(texts * rows, texts * rows * rows, took_s, texts * rows)
-            for sequence in sequences:
-                cache.release(sequence)
 
     def _take_commands(self) -> bool:
         """Apply what is in the inbox; wait for something if there is no work. False: stop."""
@@ -412,6 +391,7 @@ class Engine:
             if work.left:
                 return
             session.queue.popleft()
+            work.waited_s = self._clock() - work.arrived - work.compute_s
             if work.want is not Want.NONE:
                 session.answered = self._clock()
             answer = torch.cat(work.outputs) if work.outputs else None

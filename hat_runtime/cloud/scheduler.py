@@ -22,7 +22,7 @@ class SchedulerConfig:
     """Most rows in one pass."""
     short_tokens: int = 16
     """Steps with at most this many rows left go before prompt chunks."""
-    courtesy: Courtesy | None = field(default_factory=Courtesy)
+    courtesy: Courtesy | None = None
     """What prompts leave to sessions that decode; None: they take all that a pass has room for."""
     idle_after_s: float = 1.0
     """A session without work for this long is idle: its pages go first."""
@@ -142,7 +142,10 @@ class Scheduler:
                 or end + work.left + aside + len(work.alternatives) > session.max_tokens
             ):
                 break  # the engine refuses it when it is the head: what came before it is answered first
-            rows = min(work.left, budget)
+            # A Step with alternatives is not divided: they may stand behind any of its tokens.
+            rows = work.left if work.alternatives else min(work.left, budget)
+            if planned.pieces and rows > budget:
+                break
             piece = Piece(work, work.done, work.done + rows)
             planned.pieces.append(piece)
             budget -= rows + len(piece.aside)  # at most the alternatives of one Step too many

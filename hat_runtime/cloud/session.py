@@ -42,6 +42,8 @@ class StepWork:
     first_pass: float = 0.0
     """Monotonic seconds at the start of the first pass."""
     compute_s: float = 0.0
+    waited_s: float = 0.0
+    """From its arrival to its answer, without the passes that it took part in."""
     batch_tokens: int = 0
     tokens: Tokens | None = None
     """Token mode: what the Step carries instead of hidden states."""

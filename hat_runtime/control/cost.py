@@ -17,7 +17,7 @@ FORGET = 0.9
 """Weight of the past at each new observation of like passes."""
 TRUSTED = 3.0
 """An observation that is further away than so many usual distances counts as if it were that far (Huber)."""
-REFIT = 4
+REFIT = 16
 """Observations between two fits."""
 FEWEST = 4
 """Observations before anything is said."""

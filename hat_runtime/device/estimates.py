@@ -10,7 +10,7 @@ _KEEP_DRAFT = 0.99
 """Weight that a draft loses with each later one: the last hundred or so count."""
 
 _SMALL_BYTES = 16 * 1024
-"""A Step of at most so many bytes tells the round-trip time, a larger one the rate."""
+"""A chunk of more bytes than these tells the rate."""
 
 
 @dataclass
@@ -26,12 +26,20 @@ class LinkEstimate:
     """When the link had delivered the Step before, half a round trip earlier."""
 
     def add(
-        self, sent_bytes: int, submitted_s: float, received_s: float, cloud_s: float, *, alone: bool
+        self,
+        sent_bytes: int,
+        submitted_s: float,
+        received_s: float,
+        cloud_s: float,
+        *,
+        alone: bool,
+        chunk: bool = True,
     ) -> None:
         """One answered Step.
 
-        What the link took for it is counted from when it was handed over or, if later, from when the link was done with
-        the Step before it: so the chunks of a prompt, which follow one another, tell the rate as well.
+        Chunks of a prompt tell the rate: what comes down for them is small, and many bytes go up. All others tell the
+        round-trip time. What the link took for a chunk is counted from when it was handed over or, if later, from when
+        the link was done with the one before it: so chunks that follow one another tell the rate as well.
 
         Args:
             sent_bytes: payload that went up.
@@ -39,13 +47,17 @@ class LinkEstimate:
             received_s: when its Result was complete.
             cloud_s: queue and compute time that the cloud reported.
             alone: it met no other Step of its session on the way.
+            chunk: it is one of a prompt.
         """
         travel_s = received_s - submitted_s - cloud_s
         if travel_s <= 0:
             return
-        if sent_bytes <= _SMALL_BYTES:
-            if alone:
-                self.rtt_s = average(self.rtt_s, travel_s)
+        if not chunk or sent_bytes <= _SMALL_BYTES:
+            both_ways_s = 2 * sent_bytes / self.uplink_bytes_per_s if self.uplink_bytes_per_s else 0.0
+            if alone and (sent_bytes <= _SMALL_BYTES or 0 < both_ways_s < travel_s):
+                self.rtt_s = average(
+                    self.rtt_s, travel_s - (both_ways_s if sent_bytes > _SMALL_BYTES else 0.0)
+                )
             return
         delivered_s = received_s - cloud_s - self.rtt_s
         took_s = delivered_s - max(submitted_s, self._delivered_s)

@@ -164,8 +164,12 @@ class Generator:
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))
         longest = self.link.limits.max_step_tokens or MAX_STEP_TOKENS
 
+        chunks = 0
+
         def chunk_at(start: int, total: int) -> int:
-            chunk = self._chunk_tokens(request, start, total)
+            nonlocal chunks
+            chunks += 1
+            chunk = self._chunk_tokens(request, start, total, first=chunks == 1)
             return min(chunk or longest, longest)
 
         return Answer(
@@ -179,14 +183,13 @@ class Generator:
             max_evictions=self.config.max_evictions,
         )
 
-    def _chunk_tokens(self, request: GenerationRequest, start: int, total: int) -> int:
+    def _chunk_tokens(self, request: GenerationRequest, start: int, total: int, *, first: bool) -> int:
         """Tokens of the next chunk of an upload, 0: all that is left."""
         shallow, stats = self.model.shallow_cost, request.stats
         chunk = request.chunk_tokens
         if chunk is None:
-            first = stats.predicted_ttft_s is None and stats.chunk_tokens == 0
             chunk = self.chunker.size(start, total, shallow, first=first)
-        if stats.predicted_ttft_s is None and not stats.completion_tokens:  # the first chunk
+        if first:
             stats.predicted_ttft_s = self.chunker.predicted_s(start, total, chunk, shallow)
         stats.chunk_tokens = chunk
         self.metrics.chunk_size.set(chunk)

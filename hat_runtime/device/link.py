@@ -161,7 +161,15 @@ class CloudLink:
         return LinkRate(up=await rate(True), down=await rate(False))
 
     def saw_result(
-        self, sent_bytes: int, submitted_s: float, queue_s: float, compute_s: float, company: int, alone: bool
+        self,
+        sent_bytes: int,
+        submitted_s: float,
+        queue_s: float,
+        compute_s: float,
+        company: int,
+        *,
+        alone: bool,
+        chunk: bool,
     ) -> None:
         """Note the timing of a Step that was answered just now (called by the sessions)."""
         if alone:
@@ -169,7 +177,9 @@ class CloudLink:
             self.company = PAST * self.company + (1 - PAST) * company
         self.metrics.cloud_queue.observe(queue_s)
         self.metrics.cloud_step.observe(compute_s)
-        self.estimate.add(sent_bytes, submitted_s, time.monotonic(), queue_s + compute_s, alone=alone)
+        self.estimate.add(
+            sent_bytes, submitted_s, time.monotonic(), queue_s + compute_s, alone=alone, chunk=chunk
+        )
         self.metrics.link_rtt.set(self.estimate.rtt_s)
 
     def saw_drafts(self, accepted: int, drafted: int) -> None:

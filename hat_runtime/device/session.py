@@ -12,7 +12,7 @@ import grpc
 import torch
 
 from hat_runtime.device.refusals import CloudRefused, explain
-from hat_runtime.device.steps import Binding, Step, StepResult, Want
+from hat_runtime.device.steps import ALL, Binding, Step, StepResult, Want
 from hat_runtime.device.token_steps import NO_ROWS, TokenStep, held_after
 from hat_runtime.errors import CloudUnavailable, HatError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
@@ -301,7 +301,15 @@ class CloudSession:
             except ValueError as error:
                 raise CloudRefused(f"the cloud at {self.link.address} sent a bad Result: {error}") from error
             company = max(0, result.batch_tokens - step.n - len(step.alternatives))
-            self.link.saw_result(step.sent_bytes, step.submitted_s, queue_s, compute_s, company, step.alone)
+            self.link.saw_result(
+                step.sent_bytes,
+                step.submitted_s,
+                queue_s,
+                compute_s,
+                company,
+                alone=step.alone,
+                chunk=step.want != ALL,
+            )
             if result.HasField("cost"):
                 self.link.cloud_cost = result.cost
         if not step.future.done():

@@ -49,7 +49,7 @@ def test_the_hat_suite(model: Path, prompts: Path, tmp_path: Path) -> None:
     done = bench(*options, "--input-layers", 2, "--drafter", "ngram", "--link", "60mbit,10ms", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = figures(out)
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(row["ttft_s"] > 0 and row["tbt_s"] > 0 and row["tbt_limit_s"] > 0 for row in rows)
     assert all(row["row"] in out.read_text() for row in rows)
 

@@ -181,7 +181,8 @@ WRONG = {
         _step(n=1, alternatives=[9], want=pb.WANT_LAST), INVALID, "Step.want must be ALL"
     ),
     "alternatives without rows": (_step(alternatives=[9]), INVALID, "512 bytes, but n=3 rows of 64 x float32"),
-    "too many alternatives": (_step(n=1, alternatives=[9] * 2048), INVALID, "and 2048 alternatives are more"),
+    "too many alternatives": (_step(n=1, alternatives=[9] * 9), INVALID, "9 positions; at most 8 for each of n=1"),
+    "too many rows": (_step(n=300, alternatives=[9] * 2000), INVALID, "and 2000 alternatives are more"),
     "no tokens": (_step(n=0, payload=b""), INVALID, "Step.n=0"),
     "too many tokens": (_step(n=5000), INVALID, "Step.n=5000"),
     "beyond the session": (

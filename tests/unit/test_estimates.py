@@ -30,6 +30,17 @@ def test_chunks_that_follow_one_another_tell_the_rate(cloud_s: float, chunks: in
         assert estimate.uplink_bytes_per_s == pytest.approx(rate)
 
 
+def test_rounds_of_many_bytes_tell_the_round_trip_time_and_not_the_rate() -> None:
+    """As wide models have: a round of 3 rows of 8 KiB."""
+    rtt, rate, size = 0.05, 2e6, 24_576
+    estimate = LinkEstimate(uplink_bytes_per_s=rate)
+    for now in range(30):
+        travel_s = rtt + 2 * size / rate  # as many bytes come down
+        estimate.add(size, now, now + travel_s + 0.03, 0.03, alone=True, chunk=False)
+    assert estimate.rtt_s == pytest.approx(rtt)
+    assert estimate.uplink_bytes_per_s == rate
+
+
 def test_a_step_before_the_prompt_was_not_in_its_way() -> None:
     rtt, rate, size = 0.05, 2e6, 74_000
     estimate = LinkEstimate(rtt_s=rtt)

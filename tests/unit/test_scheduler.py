@@ -50,6 +50,31 @@ def rows(plan: Plan) -> dict[str, int]:
     return {planned.session.id: planned.rows for planned in plan.passes}
 
 
+def test_prompts_have_no_more_rows_than_they_may() -> None:
+    """Also where a chunk's last rows are followed by the next chunk."""
+    bench = Bench(max_batch_tokens=100)
+    prompt, tail, short = bench.session(), bench.session(10), bench.session(5)
+    bench.queue(prompt, 64)
+    bench.queue(tail, 3)
+    bench.queue(tail, 90)
+    bench.queue(short, 2)
+    plan = bench.scheduler.plan(bench.sessions, 100.0, prompt_rows=12)
+    assert rows(plan) == {"s1": 16, "s2": 2, "s0": 12}
+
+
+def test_a_step_with_alternatives_is_not_divided() -> None:
+    bench = Bench(max_batch_tokens=6)
+    one = bench.session(10)
+    bench.queue(one, 4)
+    bench.queue(one, 3)
+    one.queue[1].alternatives, one.queue[1].hidden = (15, 16), torch.zeros(5, 1)
+    assert [piece.last for piece in bench.plan().passes[0].pieces] == [4]
+    one.queue.popleft()
+    one.sequence.length = 14
+    (planned,) = bench.plan().passes
+    assert (planned.rows, planned.aside) == (5, (15, 16))
+
+
 def test_short_steps_go_first_and_the_prompt_fills_the_budget() -> None:
     bench = Bench(max_batch_tokens=20)
     prompt, first, second = bench.session(), bench.session(5), bench.session(5)

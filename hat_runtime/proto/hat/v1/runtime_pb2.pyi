@@ -407,7 +407,7 @@ class Step(_message.Message):
     def alternatives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions of rows behind the n: row n + i is another token for position alternatives[i], start_pos <= position <=
         start_pos + n. It sees what is before that position and itself; nothing sees it, and the KV cache does not keep it: a
-        token tree whose side branches are one token long. Together with n at most limits.max_step_tokens; want must be ALL,
+        token tree whose side branches are one token long. At most 8 n, together with n at most limits.max_step_tokens; want must be ALL,
         and the Result has n rows and one more for each alternative. Since 1.3.
         """
 
@@ -705,7 +705,7 @@ class Result(_message.Message):
     """WANT_NONE: empty. WANT_LAST: 1 row. WANT_ALL: n rows, and one more for each alternative."""
     more: _builtins.bool
     queue_us: _builtins.int
-    """From the Step's arrival to the start of its first pass, in microseconds of the cloud's clock."""
+    """From the Step's arrival to its answer, less compute_us, in microseconds of the cloud's clock."""
     compute_us: _builtins.int
     """Duration of the passes that the Step took part in, in microseconds."""
     batch_tokens: _builtins.int
@@ -714,7 +714,7 @@ class Result(_message.Message):
     """Chunk size that the cloud proposes, in tokens; 0 means no proposal."""
     @_builtins.property
     def cost(self) -> Global___CostHints:
-        """As in Opened, of now; on Results of want LAST. Since 1.3."""
+        """As in Opened, of now; on Results of want LAST that bring a deep state. Since 1.3."""
 
     @_builtins.property
     def verdict(self) -> Global___Verdict:
