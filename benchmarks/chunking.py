@@ -349,7 +349,7 @@ Prompts of {PROMPT:,} tokens (joined CNN/DailyMail articles), {args.prompts} of 
 that do not count, bfloat16, 3 layers on the device, round trip {RTT_S * 1e3:.0f} ms, device and cloud on a core each.
 The emulated link and the other sessions run on the device's core. predictive and balance choose sizes from 64 to 512
 by themselves and know of a phase only what they measure in it. Other sessions decode a token, are away for
-{AWAY_S * 1e3:.0f} ms, and so on.
+{AWAY_S * 1e3:.0f} ms, and so on. The cloud runs with --max-stretch 0.25, but for the last row.
 """
 
 
