@@ -100,7 +100,7 @@ async def test_the_link_is_judged_by_the_bytes_that_crossed_it(
     shallow = local.shallow(TEXT)
     async with cloud_of(tiny_llama) as cloud, session_with(cloud, MIXED) as session:
         sent: list[int] = []
-        monkeypatch.setattr(session.link.estimate, "add", lambda size, *_: sent.append(size))
+        monkeypatch.setattr(session.link.estimate, "add", lambda size, *_, **__: sent.append(size))
         await session.submit(0, shallow[:60], NONE)
         await session.submit(60, shallow[60:61], ALL, decode=True)
     assert sent == [60 * 82, 116]
@@ -283,4 +283,4 @@ async def test_frames_of_one_step_agree_about_the_codec(tiny_llama: Path) -> Non
         async with asyncio.timeout(20):
             code, details = await session.end()
         assert code is grpc.StatusCode.INVALID_ARGUMENT
-        assert "(epoch, start_pos, n, want, decode)=(0, 0, 1, 3, True) continues" in details
+        assert "(epoch, start_pos, n, want, decode, alternatives)=(0, 0, 1, 3, True, ()) continues" in details
