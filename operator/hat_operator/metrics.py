@@ -38,7 +38,7 @@ POLICY_FROZEN = Gauge(
 )
 POLICY_AGE = Gauge(
     "hat_operator_policy_age_seconds",
-    "Since a pod gave the figures behind a HatDeployment's chunk policy.",
+    "Since a pod gave the figures behind a HatDeployment's chunk policy; 0 while it has no ready pods.",
     ["namespace", "name"],
 )
 QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
@@ -50,15 +50,8 @@ HATDEPLOYMENTS = Gauge(
 )
 
 
-def forget_policy_age(namespace: str, name: str) -> None:
-    """There is no pod whose figures could be old."""
-    for gauge in (POLICY_FROZEN, POLICY_AGE):
-        with suppress(KeyError):
-            gauge.remove(namespace, name)
-
-
 def forget_policy(namespace: str, name: str) -> None:
     """A HatDeployment is gone, or nobody chooses its chunk sizes."""
-    forget_policy_age(namespace, name)
-    with suppress(KeyError):
-        POLICY_CHANGES.remove(namespace, name)
+    for metric in (POLICY_CHANGES, POLICY_FROZEN, POLICY_AGE):
+        with suppress(KeyError):
+            metric.remove(namespace, name)

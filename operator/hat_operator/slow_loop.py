@@ -77,6 +77,7 @@ class SlowLoop:
         if loop is None or loop.body["metadata"]["uid"] != body["metadata"]["uid"]:
             found = _content(live)
             self._loops[key] = _Loop(body, rule, restored(found), found, found, now, now)
+            metrics.POLICY_CHANGES.labels(*key)  # from 0 on, so that the first change is an increase
         elif loop.rule != rule:
             self._telemetry.hurry()
         self._loops[key].body, self._loops[key].rule = body, rule
@@ -126,13 +127,12 @@ class SlowLoop:
                         self._telemetry.has_policy(key, pod, loop.published.version)
             await self._tell(loop, now)
             self._store(key, loop, now)
+        if not pods:  # there is nobody to ask, which other metrics tell
+            loop.fresh_at = now
         seen = self._telemetry.seen(*key)
-        frozen = seen is not None and seen.frozen
-        if pods and self._loops.get(key) is loop:
-            metrics.POLICY_FROZEN.labels(*key).set(frozen)
+        if self._loops.get(key) is loop:
+            metrics.POLICY_FROZEN.labels(*key).set(seen is not None and seen.frozen)
             metrics.POLICY_AGE.labels(*key).set(time.monotonic() - loop.fresh_at)
-        else:  # there is nobody to ask, which other metrics tell
-            metrics.forget_policy_age(*key)
 
     def _choose(self, key: Key, loop: _Loop, policy: Policy, rule: Chunking) -> None:
         loop.policy = policy

@@ -21,7 +21,7 @@ JITTER = 0.05
 
 
 class CloudPods:
-    """Serves GET /NAMESPACE/POD/v1/devices as hat_runtime/cloud/admin.py does, and takes PUT /NAMESPACE/POD/v1/policy."""
+    """Serves GET /NAMESPACE/POD/v1/devices as hat_runtime/cloud/admin.py does, and takes PUT .../v1/policy."""
 
     def __init__(self, devices: Mapping[str, Sequence[str]], *, tuning: bool = False) -> None:
         """`devices` are the names of the devices of each HatDeployment.

@@ -96,6 +96,7 @@ def metric(name: str) -> float | None:
 async def test_every_pod_gets_the_policy_and_one_that_restarts_gets_it_again(scene: Scene) -> None:
     changes = metric("changes_total") or 0.0
     assert parse(scene.reconcile() or "") == PublishedPolicy()
+    assert metric("changes_total") == changes
     await scene.round()
     one, two = scene.in_pods()
     assert one == two
@@ -182,10 +183,11 @@ async def test_silent_pods_freeze_it_and_it_goes_on_with_them(scene: Scene) -> N
     # Without pods there is nobody to be silent.
     scene.api.pods = []
     await scene.round()
-    assert metric("frozen") is metric("age_seconds") is None
+    assert metric("frozen") == 0
+    assert (metric("age_seconds") or 0.0) < 1
     assert metric("changes_total") is not None
     scene.loop.forget(*KEY)
-    assert metric("changes_total") is None
+    assert metric("frozen") is metric("age_seconds") is metric("changes_total") is None
 
 
 async def test_sizes_that_are_fixed_are_nobodys_business(scene: Scene) -> None:
