@@ -70,7 +70,7 @@ class Engine:
         self._events: list[tuple[Session, Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
-        self._short_pass_s = 0.0  # duration of the latest pass without prompt chunks
+        self._short_pass_s = 0.0  # duration of the latest pass without prompts
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
         self.cost = CostFit()
         """What a pass costs, as seen lately."""
@@ -194,7 +194,7 @@ class Engine:
             return 0.0  # a prompt chunk is there to fill the time
         if len(prompts) == len(queued):
             assert courtesy is not None
-            return courtesy.wait_s(self._decoders(), self.cost.fit(), self._longest_prompt())
+            return courtesy.wait_s(self._decoders(), self.cost.fit(), self._longest_text())
         now = self._clock()
         due_s = (
             session.answered + RETURN_MARGIN * session.away_s - now
@@ -212,7 +212,7 @@ class Engine:
         if session.id not in self._sessions:
             return
         session.last_active = self._clock()
-        session.note_return(work.arrived)
+        session.note_return(work)
         session.epoch = max(session.epoch, work.epoch)
         session.queue.append(work)
 
@@ -253,28 +253,31 @@ class Engine:
             return most
         alone = all(self._has_prompt(session) for session in self._sessions.values() if session.queue)
         return courtesy.prompt_rows(
-            self._decoders(), self.cost.fit(), self._longest_prompt(), most, alone=alone
+            self._decoders(), self.cost.fit(), self._longest_text(), most, alone=alone
         )
 
     def _decoders(self) -> list[Decoder]:
-        """The sessions that decode: they have a short Step in the queue, or are about to send one."""
+        """The sessions that decode: they have a Step in the queue, or are about to send one."""
         now, found = self._clock(), []
         for session in self._sessions.values():
-            if session.away_s is None or (session.queue and self._has_prompt(session)):
-                continue
-            due_s = 0.0
-            if not session.queue:
-                gone_s = now - session.answered
-                if not session.answered or gone_s > PATIENCE * session.away_s + self._short_pass_s:
+            due_s, away_s = 0.0, session.away_s or 0.0
+            if session.queue:
+                if not session.queue[0].decodes:
                     continue
-                due_s = session.away_s - gone_s
-            found.append(Decoder(due_s, session.away_s + self._short_pass_s))
+            else:
+                gone_s = now - session.answered
+                if not session.answered or gone_s > PATIENCE * away_s + self._short_pass_s:
+                    continue
+                due_s = away_s - gone_s
+            if (cycle_s := away_s + self._short_pass_s) > 0:
+                found.append(Decoder(due_s, cycle_s))
         return found
 
     def _has_prompt(self, session: Session) -> bool:
-        return session.queue[0].left > self._config.scheduler.short_tokens
+        return self._scheduler.is_prompt(session.queue[0])
 
-    def _longest_prompt(self) -> int:
+    def _longest_text(self) -> int:
+        """Tokens in the cache of the longest text whose prompt waits for a pass."""
         return max(
             (s.committed for s in self._sessions.values() if s.queue and self._has_prompt(s)), default=0
         )
@@ -339,8 +342,8 @@ class Engine:
         now, began = self._clock(), time.perf_counter()
         for planned in passes:
             for piece in planned.pieces:
+                piece.work.last_pass = now
                 if not piece.work.done:
-                    piece.work.first_pass = now
                     self._metrics.queue_seconds.observe(now - piece.work.arrived)
         try:
             # Waits for the device, so that the time is the layers' own.
@@ -409,11 +412,11 @@ class Engine:
 
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
         tokens = sum(planned.rows for planned in passes)
-        short = self._config.scheduler.short_tokens
+        prompts = [self._scheduler.is_prompt(planned.pieces[0].work) for planned in passes]
         totals = [planned.start + planned.rows for planned in passes]
         pairs = sum(planned.rows * total for planned, total in zip(passes, totals, strict=True))
         self.cost.observe(tokens, pairs, total_s, sum(totals))
-        if all(planned.rows <= short for planned in passes):
+        if not any(prompts):
             self._short_pass_s = forward_s
         self._metrics.forward_seconds.inc(forward_s)
         self._metrics.engine_seconds.inc(total_s)
@@ -421,8 +424,8 @@ class Engine:
         self._metrics.batch_tokens.observe(tokens)
         self._metrics.sessions_running.set(len(passes))
         self._metrics.sessions_waiting.set(sum(bool(s.queue) for s in self._sessions.values()))
-        for planned in passes:
-            self._metrics.tokens.labels("short" if planned.rows <= short else "prefill").inc(planned.rows)
+        for planned, is_prompt in zip(passes, prompts, strict=True):
+            self._metrics.tokens.labels("prefill" if is_prompt else "short").inc(planned.rows)
         self._update_usage()
 
     def _update_usage(self) -> None:
