@@ -277,10 +277,9 @@ class Engine:
         return self._scheduler.is_prompt(session.queue[0])
 
     def _longest_text(self) -> int:
-        """Tokens in the cache of the longest text whose prompt waits for a pass."""
-        return max(
-            (s.committed for s in self._sessions.values() if s.queue and self._has_prompt(s)), default=0
-        )
+        """Tokens that the longest text has when the prompt's Step that waits for a pass is over."""
+        heads = [s.queue[0] for s in self._sessions.values() if s.queue and self._has_prompt(s)]
+        return max((work.start_pos + work.n for work in heads), default=0)
 
     def _settle_head(self, session: Session) -> None:
         """Answer stale Steps at the head of the queue, check the next one, and roll back to its start."""
