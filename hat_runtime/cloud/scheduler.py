@@ -31,6 +31,10 @@ class SchedulerConfig:
     max_evictions: int = 8
     """A session that lost its pages this often while it was active is not preempted again."""
 
+    def is_prompt(self, work: StepWork) -> bool:
+        """Whether a Step has to leave time to those that decode."""
+        return not work.decodes and work.n > self.short_tokens
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -89,10 +93,6 @@ class Scheduler:
         self._cache = cache
         self._config = config
 
-    def is_prompt(self, work: StepWork) -> bool:
-        """Whether a Step has to leave time to those that decode."""
-        return not work.decodes and work.n > self._config.short_tokens
-
     def plan(self, sessions: Iterable[Session], now: float, prompt_rows: int | None = None) -> Plan:
         """Choose the next pass, and reserve its pages.
 
@@ -110,7 +110,7 @@ class Scheduler:
             if budget <= 0:
                 break
             head = session.queue[0]
-            is_prompt = self.is_prompt(head)
+            is_prompt = self._config.is_prompt(head)
             if session in plan.evicted or (is_prompt and of_prompts <= 0):
                 continue
             # Behind a short Step there may be a longer one.
@@ -132,7 +132,7 @@ class Scheduler:
 
     def _precedence(self, session: Session) -> tuple[bool, bool, float]:
         head = session.queue[0]
-        return (not session.starved, self.is_prompt(head), head.arrived)
+        return (not session.starved, self._config.is_prompt(head), head.arrived)
 
     @staticmethod
     def _take(session: Session, budget: int) -> Planned:
