@@ -20,16 +20,20 @@ class Load:
         self._wait_s = 0.0
         self._company = 0.0
 
-    def observe(self, wait_s: float, company: int) -> None:
-        """A Step that met no other of its session was answered.
+    def observe(self, wait_s: float | None, company: int) -> None:
+        """A Step was answered.
 
         Args:
-            wait_s: from its arrival to its answer, without its own passes.
+            wait_s: from its arrival to its answer, without its own passes; None: it had to wait for its own session.
             company: rows of other sessions in its last pass.
         """
-        past = PAST if self._current() else 0.0
+        busy = self._current()
+        past = PAST if busy else 0.0
         self._last = self._clock()
-        self._wait_s = past * self._wait_s + (1 - past) * wait_s
+        if wait_s is not None:
+            self._wait_s = past * self._wait_s + (1 - past) * wait_s
+        elif not busy:
+            self._wait_s = 0.0
         self._company = past * self._company + (1 - past) * company
 
     def figures(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ What nobody has measured lately stays as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median_low
@@ -194,10 +195,14 @@ def _choose(
 def _best_predicted(now: Conditions, bounds: Bounds) -> tuple[int, Callable[[int], float]]:
     """The size that suits all PROMPTS best, and how many times the best one's time a size takes."""
     sizes = bounds.candidates()
-    least = {total: min(predicted_ttft(now, 0, total, size) for size in sizes) for total in PROMPTS}
+    times = {size: [predicted_ttft(now, 0, total, size) for total in PROMPTS] for size in sizes}
+    least = [min(column) for column in zip(*times.values(), strict=True)]
 
     def slowness(size: int) -> float:
-        return sum(predicted_ttft(now, 0, total, size) / least[total] for total in PROMPTS) / len(PROMPTS)
+        if size not in times:
+            times[size] = [predicted_ttft(now, 0, total, size) for total in PROMPTS]
+        found: float = sum(map(operator.truediv, times[size], least))
+        return found / len(PROMPTS)
 
     best = min(sizes, key=lambda size: (slowness(size), size))
     lowest = slowness(best)

@@ -5,6 +5,7 @@ A call may be cut off anywhere (the process may be killed): the next one, here o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from hat_operator.spec import ClusterRef, Edge, HatDeployment, SpecError
 from hat_operator.status import CloudSeen, EdgeSeen, Problem
 from hat_operator.telemetry import Telemetry
 from hat_operator.watches import EdgeWatches
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -146,8 +149,16 @@ class Reconciler:
         """The chunk policy that the ConfigMap should hold. The ConfigMap joins the children, which do not list it."""
         if self._loop is None or not adaptive(hat.spec.mode, hat.spec.chunking):
             return None if self._loop is None else self._loop.stored(body, hat, None)
-        # By name: a right to list would show every ConfigMap.
-        live = await self._home.get(CONFIG_MAP, names.cloud_policy(hat), hat.namespace)
+        try:
+            # By name: a right to list would show every ConfigMap.
+            live = await self._home.get(CONFIG_MAP, names.cloud_policy(hat), hat.namespace)
+        except ClusterError as error:
+            if error.reason != "Forbidden":
+                raise
+            # Rights of an earlier version: pods are told all the same, only a new one starts without a policy.
+            log.warning("%s/%s: no chunk policy is kept: %s", hat.namespace, hat.name, error)
+            self._loop.stored(body, hat, None)
+            return None
         if live is not None:
             cloud.live[key_of(live)] = live
         return self._loop.stored(body, hat, live)

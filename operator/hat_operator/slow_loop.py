@@ -132,7 +132,7 @@ class SlowLoop:
         seen = self._telemetry.seen(*key)
         if self._loops.get(key) is loop:
             metrics.POLICY_FROZEN.labels(*key).set(seen is not None and seen.frozen)
-            metrics.POLICY_AGE.labels(*key).set(time.monotonic() - loop.fresh_at)
+            metrics.POLICY_AGE.labels(*key).set(now - loop.fresh_at)
 
     def _choose(self, key: Key, loop: _Loop, policy: Policy, rule: Chunking) -> None:
         loop.policy = policy
