@@ -7,7 +7,6 @@ What nobody has measured lately stays as it is.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median_low
@@ -196,13 +195,13 @@ def _best_predicted(now: Conditions, bounds: Bounds) -> tuple[int, Callable[[int
     """The size that suits all PROMPTS best, and how many times the best one's time a size takes."""
     sizes = bounds.candidates()
     times = {size: [predicted_ttft(now, 0, total, size) for total in PROMPTS] for size in sizes}
-    least = [min(column) for column in zip(*times.values(), strict=True)]
+    least: list[float] = [min(column) for column in zip(*times.values(), strict=True)]
 
     def slowness(size: int) -> float:
         if size not in times:
             times[size] = [predicted_ttft(now, 0, total, size) for total in PROMPTS]
-        found: float = sum(map(operator.truediv, times[size], least))
-        return found / len(PROMPTS)
+        ratios = [took / shortest for took, shortest in zip(times[size], least, strict=True)]
+        return sum(ratios) / len(PROMPTS)
 
     best = min(sizes, key=lambda size: (slowness(size), size))
     lowest = slowness(best)

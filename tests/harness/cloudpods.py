@@ -32,6 +32,8 @@ class CloudPods:
         self._tuning = tuning
         self.policies: dict[str, PolicyStore] = defaultdict(PolicyStore)
         """What each pod has taken."""
+        self.quiet: set[str] = set()
+        """Devices that were heard two minutes ago."""
         self.silent = False
         """Whether pods answer with status 503."""
         self._random = random.Random(4)
@@ -99,7 +101,9 @@ class CloudPods:
             rows = [
                 {
                     "name": name,
-                    "seconds_since_contact": round(self._random.uniform(0, 5), 3),
+                    "seconds_since_contact": 120.0
+                    if name in self.quiet
+                    else round(self._random.uniform(0, 5), 3),
                     "chunk_tokens": 128,
                     "uplink_bytes_per_s": self._uplinks[name] * self._random.uniform(1 - JITTER, 1 + JITTER),
                     "rtt_s": 0.02,

@@ -160,6 +160,21 @@ async def test_bounds_of_the_spec_hold_at_once_also_in_what_is_frozen(scene: Sce
     scene.loop.forget(*KEY)
 
 
+async def test_a_device_that_is_quiet_keeps_its_size_and_moves_no_others(scene: Scene) -> None:
+    scene.reconcile()
+    await scene.round()
+    scene.cloud.quiet = {"a"}
+    scene.cloud.hold({"a": 1.0, "b": 200.0})
+    await scene.round()
+    (found, _) = scene.in_pods()
+    assert (found.chunk_for("a"), found.chunk_for("b")) == (512, 512)
+    assert metric("frozen") == 0  # the pods tell, there is only nothing new of this device
+    scene.cloud.quiet = set()
+    await scene.round()
+    assert scene.in_pods()[0].chunk_for("a") == 64
+    scene.loop.forget(*KEY)
+
+
 async def test_silent_pods_freeze_it_and_it_goes_on_with_them(scene: Scene) -> None:
     scene.reconcile()
     await scene.round()
