@@ -412,7 +412,9 @@ class Engine:
         short = self._config.scheduler.short_tokens
         totals = [planned.start + planned.rows for planned in passes]
         pairs = sum(planned.rows * total for planned, total in zip(passes, totals, strict=True))
+        before = self.cost.fit()
         self.cost.observe(tokens, pairs, total_s, sum(totals))
+        self._metrics.saw_pass(before, self.cost.fit(), (tokens, pairs, sum(totals)))
         if all(planned.rows <= short for planned in passes):
             self._short_pass_s = forward_s
         self._metrics.forward_seconds.inc(forward_s)

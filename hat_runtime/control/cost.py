@@ -43,6 +43,10 @@ class PassCost:
         """Duration of a pass over `new` tokens of one text, which has `total` tokens afterwards."""
         return self.fixed_s + self.per_cached_s * total + (self.per_token_s + self.per_pair_s * total) * new
 
+    def of_batch(self, new: int, pairs: float, cached: float) -> float:
+        """Duration, in seconds, of a pass over several texts; the sums are those of `CostFit.observe`."""
+        return self.fixed_s + self.per_token_s * new + self.per_pair_s * pairs + self.per_cached_s * cached
+
     def most_new(self, seconds: float, total: int) -> int:
         """Most new tokens, of a text that has `total` afterwards, in a pass of so many seconds; may be 0 or less."""
         slope = self.per_token_s + self.per_pair_s * total
