@@ -10,6 +10,9 @@ RECONCILE_SECONDS = Histogram(
     ["result"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
+for _result in ("ok", "conflict", "error", "bug"):
+    # From 0 on, so that the first one is an increase.
+    RECONCILE_SECONDS.labels(_result)
 WRITES = Counter(
     "hat_operator_writes_total",
     "Writes to a cluster, by verb and kind; still in a steady state.",
@@ -23,6 +26,8 @@ DEVICE_POLLS = Counter(
     "Questions to pods of the cloud about their devices, by result.",
     ["result"],
 )
+for _result in ("ok", "failed"):
+    DEVICE_POLLS.labels(_result)
 QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
 EDGE_STREAMS = Gauge("hat_operator_edge_streams", "Open watches of devices' clusters, one for each kind.")
 LEADER = Gauge("hat_operator_leader", "1 while this process holds the lease.")

@@ -163,6 +163,7 @@ class Reconciler:
             return _Site()
         try:
             if edge.cluster is None:
+                gauges.set_certificate_end(hat.namespace, hat.name, None)
                 children = local
             else:
                 cluster = await self._edge_cluster(hat, edge.cluster)

@@ -56,7 +56,7 @@ def cache_folder() -> Path:
 
 
 def find(name: str, say: Say = say_on_stderr) -> Path:
-    """Path of the program `name`: one of CONTROL_PLANE, NODE or PACKAGES, helm or kwok. Builds or unpacks it if need be.
+    """Path of the program `name`: of CONTROL_PLANE, NODE or PACKAGES, helm or kwok. Builds or unpacks it if need be.
 
     KUBEBUILDER_ASSETS, the convention of controller-runtime's envtest, comes first. Raises MissingProgramError.
     """
@@ -125,8 +125,8 @@ def _helm(say: Say) -> Path:
 
 
 def _packaged(name: str, say: Say) -> Path:
-    if path := shutil.which(name):
-        return Path(path)
+    if found := shutil.which(name):
+        return Path(found)
     path = cache_folder() / "debian" / name
     if not path.is_file() and (os.geteuid() != 0 or shutil.which("apt-get") is None):
         raise MissingProgramError(
