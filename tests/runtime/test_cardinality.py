@@ -64,7 +64,7 @@ async def test_a_thousand_devices_add_no_series(tiny_llama: Path) -> None:
         )
     assert rows == DEVICES
     assert set(many) == set(few)
-    # Room for what has not occurred here: any status of a stream (its count and when that began), kinds of rows, the cost
-    # model's terms.
+    # Room for what has not occurred here: each status of a stream (a count, and when that began), kinds of rows, the
+    # cost model's terms.
     assert len(many) + 2 * len(grpc.StatusCode) + 2 * 2 + 4 <= stated()
     assert [line for line in many if "device-" in line or "tenant-" in line] == []
