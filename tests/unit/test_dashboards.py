@@ -64,7 +64,7 @@ def unknown(expr: str) -> list[str]:
 
 def test_files_are_those_of_the_generator() -> None:
     there = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
-    assert there == files(), "run `python -m scripts.dashboards`"
+    assert there == files(), "run `make dashboards`"
     assert set(there) == {f"{name}.json" for name in boards.BOARDS}
 
 
