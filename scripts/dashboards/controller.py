@@ -129,10 +129,16 @@ def _policy() -> list[Panel]:
         ),
         graph(
             "Polls of pods",
-            "Questions to pods of the cloud about their devices, by result.",
+            "Questions to pods of the cloud about their devices, and policies sent to them, by result.",
             "cps",
-            Query("sum by (result) (rate(hat_operator_device_polls_total[$__rate_interval]))", "{{result}}"),
-            stacked=True,
+            Query(
+                "sum by (result) (rate(hat_operator_device_polls_total[$__rate_interval]))",
+                "polls {{result}}",
+            ),
+            Query(
+                "sum by (result) (rate(hat_operator_policy_pushes_total[$__rate_interval]))",
+                "policies {{result}}",
+            ),
         ),
         graph(
             "Devices of each HatDeployment",
