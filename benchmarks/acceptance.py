@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,8 @@ from hat_runtime.training.teacher import States, Teacher, TeacherText
 
 GAMMA, ETA = 6, 0.6
 PUBLISHED = {"spec_bench": "HAT: 2.06 (7B)", "cnn_dm": "HAT: 1.98 (13B)"}
-SETS = ("spec_bench", "cnn_dm", "gsm8k_test", "humaneval")
+SETS = ("spec_bench", "spec_bench/rag", "cnn_dm", "gsm8k_test", "humaneval")
+"""Files; behind a / the only category that is asked about."""
 LOOP_WINDOW = 32
 BRANCHES = 3
 
@@ -110,9 +111,12 @@ def main() -> int:
 
 def _answers(teacher: Teacher, folder: Path, name: str, args: argparse.Namespace) -> Iterator[Answered]:
     encoder = PromptEncoder(load_tokenizer(folder))
-    prompts = data_prompts(f"{name}.jsonl")
+    file, _, only = name.partition("/")
+    categories = _categories(file)
+    prompts = [
+        prompt for prompt in data_prompts(f"{file}.jsonl") if not only or categories[prompt.id] == only
+    ]
     step = max(1, len(prompts) // args.prompts)
-    categories = _categories(name)
     for prompt in prompts[::step][: args.prompts]:
         ids = _encode(encoder, prompt)[-args.prompt_tokens :]
         yield _answer(teacher, ids, args.max_new_tokens, categories.get(prompt.id, name))
@@ -219,31 +223,18 @@ def _body(
         f"{name} {sum(answer.loops for answer in answers)} of {len(answers)}"
         for name, answers in texts.items()
     )
-    accepted = [
-        [
-            name,
-            *(
-                f"{_share(counts[option, name, True], counts[option, name, False]):.2f}"
-                for option in args.drafters
-            ),
-        ]
-        for name in SETS
-    ]
-    covered = [
-        [
-            name,
-            *(
-                f"{_covered(counts[option, name, True], counts[option, name, False]):.2f}"
-                for option in args.drafters
-            ),
-        ]
-        for name in SETS
-    ]
+
+    def shares(of: Callable[..., float]) -> str:
+        cells = (
+            [f"{of(counts[option, name, True], counts[option, name, False]):.2f}" for option in args.drafters]
+            for name in SETS
+        )
+        return table(["set", *args.drafters], [[name, *cell] for name, cell in zip(SETS, cells, strict=True)])
+
     return (
         f"{table(['set', *args.drafters, 'published'], rows)}\n\nEach cell: all answers / those without repetition. "
         f"Answers with repetition: {looping}.\n\nAcceptance of a draft whose predecessors were right:\n\n"
-        f"{table(['set', *args.drafters], accepted)}\n\nWrong drafts whose second or third choice was right:\n\n"
-        f"{table(['set', *args.drafters], covered)}"
+        f"{shares(_share)}\n\nWrong drafts whose second or third choice was right:\n\n{shares(_covered)}"
     )
 
 

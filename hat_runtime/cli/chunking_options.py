@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from hat_runtime.cli.options import auto_or_number
 from hat_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def add_chunking(parser: argparse.ArgumentParser) -> None:
         "--chunk-tokens",
         default="auto",
         metavar="N",
-        help="tokens of a prompt that travel together; auto: chosen for each chunk from the link and the cloud's load; "
+        help="tokens of a prompt that travel together; auto: chosen for each prompt from link and cloud; "
         "0: the whole prompt at once (default %(default)s)",
     )
     parser.add_argument(
@@ -51,10 +52,5 @@ def chunking_config(args: argparse.Namespace) -> ChunkConfig:
         raise UsageError(
             f"--chunk-bounds {args.chunk_bounds!r}: must be LEAST:MOST with 1 <= LEAST <= MOST, for example 64:512"
         ) from None
-    tokens = None
-    if args.chunk_tokens != "auto":
-        try:
-            tokens = int(args.chunk_tokens)
-        except ValueError:
-            raise UsageError(f"--chunk-tokens {args.chunk_tokens!r}: must be auto or a number") from None
+    tokens = auto_or_number(args.chunk_tokens, "--chunk-tokens", int)
     return ChunkConfig(tokens, args.chunk_policy, bounds)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from hat_runtime.errors import UsageError
+from hat_runtime.cli.options import auto_or_number
 
 if TYPE_CHECKING:
     from hat_runtime.device.policy import DraftConfig
-
-T = TypeVar("T", int, float)
 
 
 def add_drafting(parser: argparse.ArgumentParser) -> None:
@@ -84,18 +81,9 @@ def drafting_config(args: argparse.Namespace) -> DraftConfig:
     check_name(args.drafter)
     return DraftConfig(
         max_draft=6 if args.max_draft is None else args.max_draft,
-        stop_threshold=_number(args.stop_threshold, "--stop-threshold", float),
-        window=_number(args.window, "--window", int),
+        stop_threshold=auto_or_number(args.stop_threshold, "--stop-threshold", float),
+        window=auto_or_number(args.window, "--window", int),
         branches=args.branches,
-        alternatives=_number(args.alternatives, "--alternatives", int),
+        alternatives=auto_or_number(args.alternatives, "--alternatives", int),
         sampler=args.sampler,
     )
-
-
-def _number(value: str, option: str, kind: Callable[[str], T]) -> T | None:
-    if value == "auto":
-        return None
-    try:
-        return kind(value)
-    except ValueError:
-        raise UsageError(f"{option} {value!r}: must be auto or a number") from None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import TypeVar
 
 from hat_runtime.errors import UsageError
 from hat_runtime.wire.codec_choice import CODECS, CodecChoice
+
+T = TypeVar("T", int, float)
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16") -> None:
@@ -59,3 +63,22 @@ def check_positive(value: int | None, option: str) -> None:
     """Raise UsageError unless `value` is None or at least 1."""
     if value is not None and value < 1:
         raise UsageError(f"{option} {value}: write 1 or more")
+
+
+def auto_or_number(value: str, option: str, kind: Callable[[str], T]) -> T | None:
+    """None for auto, else the number.
+
+    Args:
+        value: what was given.
+        option: its name, for the error.
+        kind: int or float.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if value == "auto":
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{option} {value!r}: must be auto or a number") from None

@@ -18,21 +18,16 @@ import grpc
 import torch
 
 from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.pacing import Pacing
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want, violation
 from hat_runtime.control.cost import CostFit
-from hat_runtime.control.holding import worth_waiting_s
-from hat_runtime.control.sharing import Decoder
 from hat_runtime.model.runner import LayerRunner, Segment
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
 """Longest wait for something to do before idle sessions are looked at."""
-RETURN_MARGIN = 1.25
-"""A session is due this many times its usual time away after its answer."""
-PATIENCE = 1.5
-"""A session that stays away so many times longer than usual decodes no more."""
 PAGE_WAIT_S = 0.05
 """Longest wait before queued Steps look for pages again."""
 
@@ -62,6 +57,7 @@ class Engine:
         self.runner = runner
         self._config = config
         self._scheduler = Scheduler(runner.cache, config.scheduler)
+        self._pacing = Pacing(config.scheduler)
         self._metrics = metrics
         self._loop = loop
         self._clock = clock
@@ -70,14 +66,16 @@ class Engine:
         self._events: list[tuple[Session, Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
-        self._short_pass_s = 0.0  # duration of the latest pass without prompt chunks
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
-        self.cost = CostFit()
-        """What a pass costs, as seen lately."""
         self.prompt_rows = config.scheduler.max_batch_tokens
         """Most rows of prompts in the latest pass; read by any thread."""
         self.failed: BaseException | None = None
         """What ended the thread; None while it works."""
+
+    @property
+    def cost(self) -> CostFit:
+        """What a pass costs, as seen lately."""
+        return self._pacing.cost
 
     # Called from any thread ------------------------------------------------------------------------------------------
 
@@ -174,7 +172,7 @@ class Engine:
 
     def _hold(self) -> bool:
         """Wait for sessions that are about to return, where that pays. False: stop."""
-        while (wait_s := self._worth_waiting_s()) > 0:
+        while (wait_s := self._pacing.wait_s(self._sessions.values(), self._clock())) > 0:
             try:
                 command = self._inbox.get(timeout=wait_s)
             except queue.Empty:
@@ -186,23 +184,6 @@ class Engine:
             command()
         return True
 
-    def _worth_waiting_s(self) -> float:
-        queued = [session for session in self._sessions.values() if session.queue]
-        prompts = [session for session in queued if self._has_prompt(session)]
-        courtesy = self._config.scheduler.courtesy
-        if not queued or (prompts and courtesy is None):
-            return 0.0  # a prompt chunk is there to fill the time
-        if len(prompts) == len(queued):
-            assert courtesy is not None
-            return courtesy.wait_s(self._decoders(), self.cost.fit(), self._longest_prompt())
-        now = self._clock()
-        due_s = (
-            session.answered + RETURN_MARGIN * session.away_s - now
-            for session in self._sessions.values()
-            if session.answered and session.away_s is not None
-        )
-        return worth_waiting_s(len(queued) - len(prompts), due_s, self._short_pass_s)
-
     def _open(self, session: Session) -> None:
         session.last_active = self._clock()
         self._sessions[session.id] = session
@@ -212,7 +193,7 @@ class Engine:
         if session.id not in self._sessions:
             return
         session.last_active = self._clock()
-        session.note_return(work.arrived)
+        session.note_return(work)
         session.epoch = max(session.epoch, work.epoch)
         session.queue.append(work)
 
@@ -237,47 +218,15 @@ class Engine:
         """Plan and run one pass; what ran, and the seconds inside the layers."""
         for session in list(self._sessions.values()):
             self._settle_head(session)
-        self.prompt_rows = self._most_prompt_rows()
-        plan = self._scheduler.plan(self._sessions.values(), self._clock(), self.prompt_rows)
+        now = self._clock()
+        self.prompt_rows = self._pacing.prompt_rows(self._sessions.values(), now)
+        plan = self._scheduler.plan(self._sessions.values(), now, self.prompt_rows)
         self._apply_evictions(plan)
         self._blocked = not plan.passes
         if not plan.passes:
             return [], 0.0
         forward_s = self._pass(plan.passes)
         return ([], 0.0) if forward_s is None else (plan.passes, forward_s)
-
-    def _most_prompt_rows(self) -> int:
-        """Rows of prompts that the next pass may have."""
-        most, courtesy = self._config.scheduler.max_batch_tokens, self._config.scheduler.courtesy
-        if courtesy is None:
-            return most
-        alone = all(self._has_prompt(session) for session in self._sessions.values() if session.queue)
-        return courtesy.prompt_rows(
-            self._decoders(), self.cost.fit(), self._longest_prompt(), most, alone=alone
-        )
-
-    def _decoders(self) -> list[Decoder]:
-        """The sessions that decode: they have a short Step in the queue, or are about to send one."""
-        now, found = self._clock(), []
-        for session in self._sessions.values():
-            if session.away_s is None or (session.queue and self._has_prompt(session)):
-                continue
-            due_s = 0.0
-            if not session.queue:
-                gone_s = now - session.answered
-                if not session.answered or gone_s > PATIENCE * session.away_s + self._short_pass_s:
-                    continue
-                due_s = session.away_s - gone_s
-            found.append(Decoder(due_s, session.away_s + self._short_pass_s))
-        return found
-
-    def _has_prompt(self, session: Session) -> bool:
-        return session.queue[0].left > self._config.scheduler.short_tokens
-
-    def _longest_prompt(self) -> int:
-        return max(
-            (s.committed for s in self._sessions.values() if s.queue and self._has_prompt(s)), default=0
-        )
 
     def _settle_head(self, session: Session) -> None:
         """Answer stale Steps at the head of the queue, check the next one, and roll back to its start."""
@@ -339,8 +288,8 @@ class Engine:
         now, began = self._clock(), time.perf_counter()
         for planned in passes:
             for piece in planned.pieces:
+                piece.work.last_pass = now
                 if not piece.work.done:
-                    piece.work.first_pass = now
                     self._metrics.queue_seconds.observe(now - piece.work.arrived)
         try:
             # Waits for the device, so that the time is the layers' own.
@@ -408,23 +357,17 @@ class Engine:
         self._events.append((session, done))
 
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
-        tokens = sum(planned.rows for planned in passes)
-        short = self._config.scheduler.short_tokens
-        totals = [planned.start + planned.rows for planned in passes]
-        pairs = sum(planned.rows * total for planned, total in zip(passes, totals, strict=True))
-        before = self.cost.fit()
-        self.cost.observe(tokens, pairs, total_s, sum(totals))
-        self._metrics.saw_pass(before, self.cost.fit(), (tokens, pairs, sum(totals)))
-        if all(planned.rows <= short for planned in passes):
-            self._short_pass_s = forward_s
+        predicted_s = self._pacing.saw_pass(passes, forward_s, total_s)
+        self._metrics.saw_cost(predicted_s, self.cost.fit())
         self._metrics.forward_seconds.inc(forward_s)
         self._metrics.engine_seconds.inc(total_s)
         self._metrics.step_seconds.observe(total_s)
-        self._metrics.batch_tokens.observe(tokens)
+        self._metrics.batch_tokens.observe(sum(planned.rows for planned in passes))
         self._metrics.sessions_running.set(len(passes))
         self._metrics.sessions_waiting.set(sum(bool(s.queue) for s in self._sessions.values()))
         for planned in passes:
-            self._metrics.tokens.labels("short" if planned.rows <= short else "prefill").inc(planned.rows)
+            is_prompt = self._config.scheduler.is_prompt(planned.pieces[0].work)
+            self._metrics.tokens.labels("prefill" if is_prompt else "short").inc(planned.rows)
         self._update_usage()
 
     def _update_usage(self) -> None:

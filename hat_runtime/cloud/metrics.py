@@ -8,7 +8,6 @@ from hat_runtime.control.cost import PassCost
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-Sums = tuple[int, float, float]
 RATES = (1e4, 1e5, 5e5, 1e6, 2e6, 5e6, 1e7, 2e7, 5e7, 1e8)
 
 
@@ -66,18 +65,11 @@ class CloudMetrics:
         self.device_rtt = histogram("link_rtt_seconds", "Round-trip time that devices report", SECONDS)
         self.device_ttft = histogram("time_to_first_token_seconds", "TTFT that devices report", SECONDS)
 
-    def saw_pass(self, before: PassCost | None, after: PassCost | None, sums: Sums) -> None:
-        """Show the cost model, and what it said of a pass.
-
-        Args:
-            before: the model as it was without this pass; None: there was none.
-            after: the model with it.
-            sums: new tokens, pairs and cached tokens of the pass, as `CostFit.observe` has them.
-        """
-        if before is not None:
-            self.predicted_seconds.inc(before.of_batch(*sums))
-        if after is not None and after is not before:
-            self.cost.labels("fixed").set(after.fixed_s)
-            self.cost.labels("per_token").set(after.per_token_s)
-            self.cost.labels("per_pair").set(after.per_pair_s)
-            self.cost.labels("per_cached").set(after.per_cached_s)
+    def saw_cost(self, predicted_s: float | None, cost: PassCost | None) -> None:
+        """Show what the cost model expected of a pass, in seconds, and the model; None where there is none yet."""
+        self.predicted_seconds.inc(predicted_s or 0.0)
+        if cost is not None:
+            self.cost.labels("fixed").set(cost.fixed_s)
+            self.cost.labels("per_token").set(cost.per_token_s)
+            self.cost.labels("per_pair").set(cost.per_pair_s)
+            self.cost.labels("per_cached").set(cost.per_cached_s)

@@ -1,7 +1,7 @@
 """Which rows of which sessions go into the next pass.
 
-Short Steps (verification, decoding) go first, then prompt chunks fill what is left of the token budget, so that a long
-prompt never stalls others' decoding. Adjacent queued Steps of one session run as one segment.
+Steps of answers (verification, decoding) and short prompts go first, then the chunks of long ones fill what is left of
+the token budget, or as much of it as others' decoding allows. Adjacent queued Steps of one session run as one segment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class SchedulerConfig:
     max_batch_tokens: int = 512
     """Most rows in one pass."""
     short_tokens: int = 16
-    """Steps with at most this many rows left go before prompt chunks."""
+    """A prompt's Steps with at most so many tokens go with those of answers: they cost hardly more."""
     courtesy: Courtesy | None = None
     """What prompts leave to sessions that decode; None: they take all that a pass has room for."""
     idle_after_s: float = 1.0
@@ -30,6 +30,10 @@ class SchedulerConfig:
     """A Step that has waited this long for pages, with nothing left to run, is refused."""
     max_evictions: int = 8
     """A session that lost its pages this often while it was active is not preempted again."""
+
+    def is_prompt(self, work: StepWork) -> bool:
+        """Whether a Step has to leave time to those that decode."""
+        return not work.decodes and work.n > self.short_tokens
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,12 @@ class Scheduler:
         for session in waiting:
             if budget <= 0:
                 break
-            is_prompt = session.queue[0].left > self._config.short_tokens
+            head = session.queue[0]
+            is_prompt = self._config.is_prompt(head)
             if session in plan.evicted or (is_prompt and of_prompts <= 0):
                 continue
-            # Behind the end of one chunk there may be the next one.
-            most = of_prompts if is_prompt else max(of_prompts, self._config.short_tokens)
+            # Behind a short Step there may be a longer one.
+            most = of_prompts if is_prompt else max(of_prompts, self._config.short_tokens, head.left)
             planned = self._take(session, min(budget, most))
             if self._make_room(planned, plan, everyone, now):
                 session.starved = False
@@ -121,13 +126,13 @@ class Scheduler:
                 session.starved = True
         if not plan.passes:
             patience = now - self._config.max_page_wait_s
-            stuck = [session for session in waiting if session.queue[0].arrived <= patience]
+            stuck = [s for s in waiting if max(s.queue[0].arrived, s.queue[0].last_pass) <= patience]
             plan.refused = max(stuck, key=everyone.index, default=None)
         return plan
 
     def _precedence(self, session: Session) -> tuple[bool, bool, float]:
         head = session.queue[0]
-        return (not session.starved, head.left > self._config.short_tokens, head.arrived)
+        return (not session.starved, self._config.is_prompt(head), head.arrived)
 
     @staticmethod
     def _take(session: Session, budget: int) -> Planned:

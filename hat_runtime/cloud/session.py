@@ -39,8 +39,8 @@ class StepWork:
     done: int = 0
     """Rows that have been computed; a long Step is computed over several passes."""
     outputs: list[torch.Tensor] = field(default_factory=list)
-    first_pass: float = 0.0
-    """Monotonic seconds at the start of the first pass."""
+    last_pass: float = 0.0
+    """Monotonic seconds at the start of the latest pass with rows of it; 0 before the first."""
     compute_s: float = 0.0
     waited_s: float = 0.0
     """From its arrival to its answer, without the passes that it took part in."""
@@ -65,6 +65,13 @@ class StepWork:
     def left(self) -> int:
         """Rows that are not computed yet."""
         return self.n - self.done
+
+    @property
+    def decodes(self) -> bool:
+        """It is part of an answer, drafts to be judged or the latest token; the others are a prompt's."""
+        if self.tokens is not None:
+            return self.n == 1 or self.tokens.drafts > 0
+        return self.n == 1 or self.want is Want.ALL
 
     @cached_property
     def finite(self) -> bool:
@@ -128,11 +135,15 @@ class Session:
     tokens: TokenState = field(default_factory=TokenState)
     """Token mode only."""
 
-    def note_return(self, now: float) -> None:
-        """A Step has arrived: learn how long the device takes from an answer to the next Step."""
+    def note_return(self, work: StepWork) -> None:
+        """A Step has arrived: learn how long the device takes from an answer to the next Step of the same text.
+
+        A prompt comes after somebody has thought about it, which says nothing of the device.
+        """
         if self.answered and not self.queue:
-            away_s = now - self.answered
-            self.away_s = away_s if self.away_s is None else 0.8 * self.away_s + 0.2 * away_s
+            away_s = work.arrived - self.answered
+            if work.decodes:
+                self.away_s = away_s if self.away_s is None else 0.8 * self.away_s + 0.2 * away_s
             self.answered = 0.0
 
     @property

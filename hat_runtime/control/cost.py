@@ -43,10 +43,6 @@ class PassCost:
         """Duration of a pass over `new` tokens of one text, which has `total` tokens afterwards."""
         return self.fixed_s + self.per_cached_s * total + (self.per_token_s + self.per_pair_s * total) * new
 
-    def of_batch(self, new: int, pairs: float, cached: float) -> float:
-        """Duration, in seconds, of a pass over several texts; the sums are those of `CostFit.observe`."""
-        return self.fixed_s + self.per_token_s * new + self.per_pair_s * pairs + self.per_cached_s * cached
-
     def most_new(self, seconds: float, total: int) -> int:
         """Most new tokens, of a text that has `total` afterwards, in a pass of so many seconds; may be 0 or less."""
         slope = self.per_token_s + self.per_pair_s * total
@@ -102,6 +98,12 @@ class CostFit:
     def fit(self) -> PassCost | None:
         """The cost, or None while the passes seen are too few, or all of one size."""
         return self._fit
+
+    def predicted_s(self, new: int, pairs: float, cached: float = 0.0) -> float | None:
+        """What the fit says of a pass, in seconds; arguments as in `observe`. None while there is no fit."""
+        if self._fit is None:
+            return None
+        return self._predicted(self._fit, np.array([1.0, new, pairs, cached]) / _UNITS)
 
     @staticmethod
     def _predicted(fit: PassCost, terms: NDArray[np.float64]) -> float:

@@ -107,9 +107,12 @@ def test_the_most_that_fits_into_a_time_does(
         assert cost.seconds(most + 2, total) > seconds
 
 
-def test_a_batch_of_one_text_costs_what_the_text_costs() -> None:
-    cost = PassCost(0.02, 1e-3, 1e-7, 1e-6)
-    assert cost.of_batch(64, 64 * 1024, 1024) == pytest.approx(cost.seconds(64, 1024))
+def test_predicts_a_pass_over_several_texts() -> None:
+    rng, cost = random.Random(5), PassCost(0.02, 1e-3, 1e-7)
+    fit = CostFit()
+    assert fit.predicted_s(8, 8 * 512) is None
+    observe(fit, cost, 100, rng)
     # Two texts in one pass share the fixed part.
     both = cost.seconds(64, 1024) + cost.seconds(8, 512) - cost.fixed_s
-    assert cost.of_batch(64 + 8, 64 * 1024 + 8 * 512, 1024 + 512) == pytest.approx(both)
+    predicted = fit.predicted_s(64 + 8, 64 * 1024 + 8 * 512)
+    assert predicted == pytest.approx(both, rel=0.1)

@@ -36,11 +36,17 @@ class Bench:
         return session
 
     def queue(
-        self, session: Session, n: int, arrived: float = 0.0, start: int | None = None, epoch: int = 0
+        self,
+        session: Session,
+        n: int,
+        arrived: float = 0.0,
+        start: int | None = None,
+        epoch: int = 0,
+        want: Want = Want.LAST,
     ) -> None:
         if start is None:
             start = session.queue[-1].start_pos + session.queue[-1].n if session.queue else session.committed
-        session.queue.append(StepWork(epoch, start, Want.LAST, torch.zeros(n, 1), arrived))
+        session.queue.append(StepWork(epoch, start, want, torch.zeros(n, 1), arrived))
 
     def plan(self) -> Plan:
         return self.scheduler.plan(self.sessions, now=100.0)
@@ -51,15 +57,37 @@ def rows(plan: Plan) -> dict[str, int]:
 
 
 def test_prompts_have_no_more_rows_than_they_may() -> None:
-    """Also where a chunk's last rows are followed by the next chunk."""
+    """Also where a short chunk is followed by a longer one, and where little of a chunk is left."""
     bench = Bench(max_batch_tokens=100)
-    prompt, tail, short = bench.session(), bench.session(10), bench.session(5)
+    prompt, tail, short, late = bench.session(), bench.session(10), bench.session(5), bench.session(7)
     bench.queue(prompt, 64)
     bench.queue(tail, 3)
     bench.queue(tail, 90)
     bench.queue(short, 2)
+    bench.queue(late, 64)
+    late.queue[0].done = 61
     plan = bench.scheduler.plan(bench.sessions, 100.0, prompt_rows=12)
     assert rows(plan) == {"s1": 16, "s2": 2, "s0": 12}
+
+
+def test_drafts_are_no_prompt_however_many() -> None:
+    bench = Bench(max_batch_tokens=100)
+    prompt, answer = bench.session(), bench.session(10)
+    bench.queue(prompt, 64)
+    bench.queue(answer, 40, want=Want.ALL, arrived=1.0)
+    plan = bench.scheduler.plan(bench.sessions, 100.0, prompt_rows=12)
+    assert list(rows(plan).items()) == [("s1", 40), ("s0", 12)]
+
+
+def test_a_prompt_that_gets_ahead_is_not_refused_for_pages() -> None:
+    bench = Bench(num_pages=10, max_page_wait_s=5.0)
+    held, prompt = bench.session(8, last_active=100.0), bench.session()
+    bench.queue(prompt, 40, arrived=90.0)
+    prompt.queue[0].last_pass = 96.0
+    assert held.sequence.pages
+    assert bench.plan().refused is None
+    prompt.queue[0].last_pass = 94.0
+    assert bench.plan().refused is prompt
 
 
 def test_a_step_with_alternatives_is_not_divided() -> None:
