@@ -53,10 +53,12 @@ def queries(name: str) -> list[tuple[str, str]]:
     return [(panel["title"], target["expr"]) for panel in panels(name) for target in panel["targets"]]
 
 
-def filled(expr: str, window: str = "1m") -> str:
-    """A query as Grafana sends it with everything chosen."""
-    expr = expr.replace("$__rate_interval", window)
-    return re.sub(r"\$(namespace|deployment|device|pod)\b", ".*", expr)
+def filled(expr: str, **chosen: str) -> str:
+    """A query as Grafana sends it with these values of the variables."""
+    for name, value in {"__rate_interval": "1m", **chosen}.items():
+        expr = re.sub(rf"\${name}\b", value, expr)
+    assert not re.search(r"\$[a-z_]", expr), expr
+    return expr
 
 
 def selectors(expr: str) -> Iterator[Selector]:

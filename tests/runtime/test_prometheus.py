@@ -29,8 +29,14 @@ def asked_of_pods(expr: str) -> bool:
 
 def wanted() -> dict[str, str]:
     """Every query, by where it stands."""
+    chosen = {
+        "namespace": "team",
+        "deployment": "chat",
+        "pod": "chat-cloud-0",
+        "device": "node-of-chat-edge-0",
+    }
     found = {
-        f"{name}: {title}: {expr}": boards.filled(expr)
+        f"{name}: {title}: {expr}": boards.filled(expr, **chosen)
         for name in ("hat-fleet", "hat-device", "hat-cloud")
         for title, expr in boards.queries(name)
         if asked_of_pods(expr)
