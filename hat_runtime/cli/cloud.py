@@ -37,7 +37,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--http-listen",
         default="127.0.0.1:7071",
         metavar="HOST:PORT",
-        help="/healthz, /readyz, /metrics and /v1/devices (default %(default)s)",
+        help="/healthz, /readyz, /metrics, /v1/devices and /v1/policy, to which a policy of chunk sizes can be PUT: "
+        "keep it from strangers (default %(default)s)",
+    )
+    serve.add_argument(
+        "--policy-file",
+        metavar="FILE",
+        help="a policy of chunk sizes to start with, JSON as PUT /v1/policy takes it; one that is missing or wrong is "
+        "logged",
     )
     serve.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     serve.add_argument("--attention", default="sdpa", help="attention backend (default %(default)s)")
@@ -102,6 +109,7 @@ def _serve(args: argparse.Namespace) -> int:
         page_tokens=args.page_tokens,
         kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 2**30),
         max_sessions=args.max_sessions,
+        policy_file=None if args.policy_file is None else Path(args.policy_file),
         engine=EngineConfig(
             scheduler=SchedulerConfig(
                 max_batch_tokens=args.max_batch_tokens, courtesy=_courtesy(args.max_stretch)

@@ -118,9 +118,19 @@ class StepAssembler:
 
 
 def result_frames(
-    done: StepDone, verdict: pb.Verdict | None = None, cost: pb.CostHints | None = None
+    done: StepDone,
+    verdict: pb.Verdict | None = None,
+    cost: pb.CostHints | None = None,
+    suggested_chunk: int = 0,
 ) -> Iterator[pb.CloudMessage]:
-    """The frames that answer one Step; `verdict` goes along in token mode, `cost` with the last Step of a prompt."""
+    """The frames that answer one Step.
+
+    Args:
+        done: the answer.
+        verdict: of token mode.
+        cost: with the last Step of a prompt.
+        suggested_chunk: tokens that are proposed for the chunks of prompts; 0: nothing.
+    """
     work = done.work
     payload = b"" if done.deep is None else codec.encode(done.deep)
     for part, more in frames.split(payload):
@@ -135,6 +145,7 @@ def result_frames(
                 queue_us=_micros(work.waited_s),
                 compute_us=_micros(work.compute_s),
                 batch_tokens=work.batch_tokens,
+                suggested_chunk=suggested_chunk,
                 verdict=verdict,
                 cost=cost,
             )

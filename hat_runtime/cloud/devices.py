@@ -23,6 +23,8 @@ STALE_S = 600.0
 class _Device:
     heard: float
     """Monotonic seconds of the last message."""
+    row_bytes: float = 0.0
+    """One row of a prompt on the wire, in the codec of its latest session; 0 where no rows travel."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the last Telemetry; what was not measured is absent."""
 
@@ -47,13 +49,15 @@ class DeviceTable:
         # Longest silent first.
         self._devices: OrderedDict[str, _Device] = OrderedDict()
 
-    def heard(self, name: str, telemetry: pb.Telemetry | None = None) -> None:
-        """Note a message of a device; one without a usable name is not listed."""
+    def heard(self, name: str, telemetry: pb.Telemetry | None = None, row_bytes: float | None = None) -> None:
+        """Note a message of a device, and with its Open what a row takes; one without a usable name is not listed."""
         if sane_device_name(name) is None:
             return
         now = self._clock()
         device = self._devices.setdefault(name, _Device(now))
         device.heard = now
+        if row_bytes is not None:
+            device.row_bytes = row_bytes
         if telemetry is not None:
             device.figures = _figures(telemetry)
         self._devices.move_to_end(name)
@@ -64,7 +68,12 @@ class DeviceTable:
         now = self._clock()
         self._forget(now)
         return [
-            {"name": name, "seconds_since_contact": round(now - device.heard, 3), **device.figures}
+            {
+                "name": name,
+                "seconds_since_contact": round(now - device.heard, 3),
+                **({"row_bytes": device.row_bytes} if device.row_bytes else {}),
+                **device.figures,
+            }
             for name, device in sorted(self._devices.items())
         ]
 
@@ -82,6 +91,8 @@ def _figures(telemetry: pb.Telemetry) -> dict[str, float]:
         "chunk_tokens": telemetry.chunk_tokens,
         "uplink_bytes_per_s": telemetry.uplink_bytes_per_s,
         "rtt_s": telemetry.rtt_s,
+        "shallow_s_per_token": telemetry.shallow_s_per_token,
+        "ttft_s": telemetry.ttft_s,
         "acceptance": telemetry.acceptance if telemetry.acceptance <= 1 else 0.0,
     }
     return {name: value for name, value in seen.items() if 0 < value < math.inf}

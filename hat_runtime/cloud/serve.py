@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from google.protobuf.descriptor_pool import Default
@@ -20,6 +21,7 @@ from hat_runtime.cloud.admin import make_admin_app
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
 from hat_runtime.cloud.tokens import MODE as PICOSPEC
@@ -70,6 +72,8 @@ class CloudConfig:
     max_step_tokens: int = frames.MAX_STEP_TOKENS
     max_inflight_steps: int = 32
     drain_s: float = 5.0
+    policy_file: Path | None = None
+    """Chunk sizes to propose from the start on, until others are pushed."""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -102,23 +106,29 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     Raises:
         HatError: the model cannot be loaded, or an address cannot be listened on.
     """
-    metrics, devices = CloudMetrics(CollectorRegistry()), DeviceTable()
+    metrics, devices, policy = CloudMetrics(CollectorRegistry()), DeviceTable(), PolicyStore()
+    if config.policy_file is not None:
+        policy.start_from(config.policy_file)
     state: dict[str, str | None] = {"why": "the model is loading"}
     http_socket = bind(config.http_host, config.http_port, "--http-listen")
     bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
     engine: Engine | None = None
+    service: RuntimeService | None = None
 
     def why_not_ready() -> str | None:
         if engine is not None and not engine.alive:
             return "the engine failed; see the log"
         return state["why"]
 
-    app = make_admin_app(metrics.registry, why_not_ready, devices)
+    def tuning() -> dict[str, Any]:
+        return {} if service is None else service.tuning()
+
+    app = make_admin_app(metrics.registry, why_not_ready, devices, policy, tuning)
     async with serving(app, http_socket) as admin_url:
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
-        service = RuntimeService(engine, served, metrics, devices)
+        service = RuntimeService(engine, served, metrics, devices, policy)
         server = make_server(service)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)

@@ -18,7 +18,9 @@ from hat_runtime.cloud import tokens
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
+from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, Want
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
 from hat_runtime.cloud.tokens import Decoded
@@ -82,6 +84,11 @@ class _Stream:
         self._steps += 1
         self._tokens += tokens
 
+    @property
+    def alone(self) -> bool:
+        """Whether only one Step is unanswered."""
+        return self._steps == 1
+
     def answered(self, done: StepDone) -> None:
         """A Step's answer was written."""
         self._steps -= 1
@@ -102,8 +109,18 @@ class _Stream:
 class RuntimeService:
     """hat.v1.Runtime."""
 
-    def __init__(self, engine: Engine, served: Served, metrics: CloudMetrics, devices: DeviceTable) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        served: Served,
+        metrics: CloudMetrics,
+        devices: DeviceTable,
+        policy: PolicyStore | None = None,
+    ) -> None:
+        """Without a policy no chunk sizes are proposed."""
         self._engine = engine
+        self._policy = policy or PolicyStore()
+        self._load = Load()
         self._served = served
         self._metrics = metrics
         self._devices = devices
@@ -130,6 +147,14 @@ class RuntimeService:
         notice = pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=round(deadline_s * 1000))))
         for _, stream in self._sessions.values():
             stream.events.put_nowait(notice)
+
+    def tuning(self) -> dict[str, Any]:
+        """What sizes of chunks depend on in this cloud, as GET /v1/devices gives it (docs/operations.md)."""
+        cost = self._engine.cost.fit()
+        return {
+            "cost": None if cost is None else vars(cost),
+            "load": {**self._load.figures(), "prompt_rows": self._engine.prompt_rows},
+        }
 
     async def describe(self, request: pb.DescribeRequest | None, context: Context) -> pb.DescribeReply:
         """See runtime.proto."""
@@ -170,7 +195,7 @@ class RuntimeService:
             while (event := await stream.events.get()) is not None:
                 if isinstance(event, Failed):
                     raise ProtocolError(event.text, event.code, event.retry_after_s)
-                for message in self._messages(event):
+                for message in self._messages(event, stream):
                     yield message
                 if isinstance(event, StepDone):
                     stream.answered(event)
@@ -213,7 +238,7 @@ class RuntimeService:
         self._sessions[session.id] = (session, stream)
         stream.device = opening.device
         stream.codecs = _codecs(opening)
-        self._devices.heard(stream.device)
+        self._devices.heard(stream.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
         log.info("session %s opened", session.id[:8])
         return session
@@ -260,11 +285,23 @@ class RuntimeService:
         del self._sessions[session.id]
         stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
 
-    def _messages(self, event: Any) -> Any:
+    def _row_bytes(self, stream: _Stream) -> float:
+        if self._served.mode:
+            return 0.0
+        identity = self._served.identity
+        prompt = codec.codec_named(stream.codecs.prompt)
+        return prompt.row_bytes(identity.hidden_size, codec.DTYPES[identity.dtype])
+
+    def _messages(self, event: Any, stream: _Stream) -> Any:
         if isinstance(event, StepDone):
+            work = event.work
+            if work.want is Want.ALL and not event.stale:
+                company = max(0, work.batch_tokens - work.n - len(work.alternatives))
+                self._load.observe(work.waited_s if stream.alone else None, company)
+            chunk = 0 if self._served.mode else self._policy.policy.chunk_for(stream.device)
             verdict = None if event.verdict is None else verdict_message(event.verdict)
-            of_prompt = event.work.want is Want.LAST and event.work.tokens is None
-            return result_frames(event, verdict, self._cost_hints() if of_prompt else None)
+            of_prompt = work.want is Want.LAST and work.tokens is None
+            return result_frames(event, verdict, self._cost_hints() if of_prompt else None, chunk)
         if isinstance(event, Decoded):
             return (decoded_message(event),)
         if isinstance(event, Evicted):

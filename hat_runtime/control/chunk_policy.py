@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hat_runtime.control.chunks import chunk_ends
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 
 BALANCE, PREDICTIVE = "balance", "predictive"
 POLICIES = (BALANCE, PREDICTIVE)
@@ -134,44 +134,71 @@ def _computed_s(now: Conditions, arrivals: Sequence[tuple[float, int, int]]) -> 
     return done_s
 
 
-def predictive(now: Conditions, start: int, total: int, bounds: Bounds, current: int | None = None) -> int:
+def predictive(
+    now: Conditions,
+    start: int,
+    total: int,
+    bounds: Bounds,
+    current: int | None = None,
+    hint: int | None = None,
+) -> int:
     """The size with the least predicted time; `current` if no other one saves more than DEAD_BAND of its time.
 
-    A prompt that fits into a chunk of either size has the same time with both: the current one stays.
+    A prompt that fits into a chunk of either size has the same time with both: the current one stays. Once the
+    conditions are known, what comes out is predicted to take at most 1 / (1 - DEAD_BAND) of the least time, whatever
+    the hint.
 
     Args:
-        now: conditions; where they are not known the size stays, or is FALLBACK.
+        now: conditions; where they are not known the size is the hint, the current one, or FALLBACK.
         start: tokens that the cloud holds already.
         total: tokens of the text, more than `start`.
         bounds: of the size.
         current: the size so far, if there is one.
+        hint: what somebody else proposes, who sees more devices and less of this one. It is taken where nothing is
+            known, and where a size is to be chosen anyway and it is as good as the best one but for DEAD_BAND.
     """
-    kept = bounds.clamp(FALLBACK if current is None else current)
     if not now.known:
-        return kept
-    times = {size: predicted_ttft(now, start, total, size) for size in [*bounds.candidates(), kept]}
+        return bounds.clamp(hint or current or FALLBACK)
+    first = hint if current is None else current
+    kept = bounds.clamp(first or FALLBACK)
+    others = [kept, bounds.clamp(hint)] if hint else [kept]
+    times = {size: predicted_ttft(now, start, total, size) for size in [*bounds.candidates(), *others]}
     best = min(times, key=lambda size: (times[size], size))
-    return best if times[best] < (1 - DEAD_BAND) * times[kept] or current is None else kept
+    if first is not None and times[best] >= (1 - DEAD_BAND) * times[kept]:
+        return kept
+    if hint and times[best] >= (1 - DEAD_BAND) * times[bounds.clamp(hint)]:
+        return bounds.clamp(hint)
+    return best
 
 
-def balance(now: Conditions, total: int, bounds: Bounds, current: int | None = None, stages: int = 1) -> int:
+def balance(
+    now: Conditions,
+    total: int,
+    bounds: Bounds,
+    current: int | None = None,
+    stages: int = 1,
+    hint: int | None = None,
+) -> int:
     """The size of HAT's balance condition for g(X) = a + b X: X = (w + a / P) / (A / beta - b / P), within bounds.
 
     Where the cloud is slower than the link, the condition has no solution and the size is the largest one.
 
     Args:
-        now: conditions; where they are not known the size stays, or is FALLBACK.
+        now: conditions; where they are not known the size is the hint, the current one, or FALLBACK.
         total: tokens of the text, which b depends on.
         bounds: of the size.
         current: the size so far, if there is one.
         stages: P, of the cloud's pipeline.
+        hint: as in `predictive`; it is taken where it is within DEAD_BAND of the condition's own size.
     """
-    kept = bounds.clamp(FALLBACK if current is None else current)
     if not now.known:
-        return kept
+        return bounds.clamp(hint or current or FALLBACK)
     assert now.cost is not None
     fixed_s = now.wait_s + now.compute_s(0, total) / stages
     slope_s = now.row_bytes / now.uplink_bytes_per_s
     slope_s -= (now.cost.per_token_s + now.cost.per_pair_s * total) / stages
     best = bounds.most if slope_s <= 0 else bounds.clamp(fixed_s / slope_s)
-    return best if current is None or abs(best - kept) > DEAD_BAND * kept else kept
+    for size in (current, hint):
+        if size and abs(best - bounds.clamp(size)) <= DEAD_BAND * bounds.clamp(size):
+            return bounds.clamp(size)
+    return best

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 
 RIDE = 0.7
 """Of what is allowed: a pass with both costs more than the sum of its parts, for which the cost has no term."""

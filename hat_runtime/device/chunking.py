@@ -1,7 +1,8 @@
 """How a device cuts prompts: the fast loop over hat_runtime.control.chunk_policy (design.md 7).
 
-Everything that a size depends on is measured by the device or said by the cloud, so it works without anybody's help; an
-operator may set the bounds.
+Everything that a size depends on is measured by the device or said by the cloud, so it works without anybody's help.
+What the cloud proposes (Result.suggested_chunk, from an operator's slow loop) is a start while too little is known and
+breaks ties after that; a wrong proposal costs at most the policy's dead band.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from hat_runtime.control.chunk_policy import (
     predicted_ttft,
     predictive,
 )
-from hat_runtime.control.cost import PassCost
 from hat_runtime.control.drafting import average
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.steps import Binding
 from hat_runtime.errors import UsageError
@@ -70,15 +71,15 @@ class Chunker:
         """
         if self.config.tokens is not None:
             return self.config.tokens
-        now, bounds = self.conditions(shallow), self.config.bounds
+        now, bounds, hint = self.conditions(shallow), self.config.bounds, self._link.suggested_chunk or None
         changed = abs(now.uplink_bytes_per_s - self._rate) > LINK_CHANGE * self._rate
-        if self._current is not None and not first and not changed:
+        if self._current is not None and not first and not changed and now.known:
             return self._current
         self._rate = now.uplink_bytes_per_s
         if self.config.policy == BALANCE:
-            self._current = balance(now, total, bounds, self._current)
+            self._current = balance(now, total, bounds, self._current, hint=hint)
         else:
-            self._current = predictive(now, start, total, bounds, self._current)
+            self._current = predictive(now, start, total, bounds, self._current, hint)
         return self._current
 
     def predicted_s(self, start: int, total: int, chunk: int, shallow: PassCost | None) -> float | None:

@@ -54,6 +54,8 @@ class CloudLink:
         self.acceptance = Acceptance()
         self.cloud_cost = pb.CostHints()
         """What the cloud said last of the cost of its passes."""
+        self.suggested_chunk = 0
+        """Chunk size that the cloud proposed last, in tokens; 0: none."""
         self.cloud_wait_s = 0.0
         """From the arrival of a Step in the cloud to its pass, where no other of its session is there; average."""
         self.company = 0.0

@@ -310,6 +310,7 @@ class CloudSession:
                 alone=step.alone,
                 chunk=step.want != ALL,
             )
+            self.link.suggested_chunk = result.suggested_chunk
             if result.HasField("cost"):
                 self.link.cloud_cost = result.cost
         if not step.future.done():

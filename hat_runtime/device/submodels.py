@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.device.chain import DraftPlan, Speculation
 from hat_runtime.device.drafting.base import Drafter, DraftState
 from hat_runtime.device.jobs import DeviceFull, Job, ShallowJob, Turn, TurnJob

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import cloud, edge, monitor, policies
+from hat_operator.objects import cloud, edge, monitor, policies, policy_map
 from hat_operator.rollout import revision_of
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -30,6 +30,8 @@ class Observed:
     """As `apis`, of the devices' cluster, where it is another one."""
     draining: frozenset[str] = frozenset()
     """Older revisions that devices still use; their Deployments stay."""
+    policy: str | None = None
+    """The chunk policy, in JSON, that replicas should start with; None: there is none to keep."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def _cloud(
         missing = sorted(kept - observed.endpoints.keys())
         found += [cloud.revision_service(hat, revision) for revision in (*missing, wanted)]
     found.append(cloud.disruption_budget(hat))
+    if observed.policy is not None:
+        found.append(policy_map.config_map(hat, observed.policy))
     found.append(cloud.deployment(hat, settings, wanted))
     if monitor.wanted(hat, observed.apis):
         found.append(monitor.pod_monitor(hat, names.CLOUD, name, namespace))

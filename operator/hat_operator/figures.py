@@ -8,44 +8,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 CHANGE = 0.2
 """A figure is written when it differs by at least this part of the one that is shown."""
 EVERY_S = 30.0
 """Shortest time between two such writes to one HatDeployment, as the API server sees them."""
-NAMES = ("chunkSize", "uplinkMbps", "acceptance")
+CONTACT_EVERY_S = 600.0
+"""The last contact is written with other figures, and by itself when the one that is shown is so much older."""
+NAMES = ("chunkSize", "uplinkMbps", "rttMs", "acceptance")
+CONTACT = "lastContact"
 
-Figures = Mapping[str, float]
-"""Of one device: some of NAMES, in the units of status.devices."""
+Figures = Mapping[str, Any]
+"""Of one device: some of NAMES, in the units of status.devices, and CONTACT as the API writes times."""
 Row = Mapping[str, Any]
 
 
 def from_report(report: Mapping[str, Any]) -> dict[str, float]:
     """A row of /v1/devices in the units and with the digits of status; what is no such figure is left out."""
     found: dict[str, float] = {}
-    chunk, uplink, acceptance = (
-        _number(report.get(name)) for name in ("chunk_tokens", "uplink_bytes_per_s", "acceptance")
+    chunk, uplink, rtt, acceptance = (
+        _number(report.get(name)) for name in ("chunk_tokens", "uplink_bytes_per_s", "rtt_s", "acceptance")
     )
     if chunk is not None and 1 <= chunk < 2**31:
         found["chunkSize"] = int(chunk)
     if uplink is not None and uplink > 0:
         found["uplinkMbps"] = float(f"{uplink * 8e-6:.3g}")
+    if rtt is not None and rtt > 0:
+        found["rttMs"] = float(f"{rtt * 1e3:.3g}")
     if acceptance is not None and 0 <= acceptance <= 1:
         found["acceptance"] = round(acceptance, 2)
     return found
 
 
-def of_row(row: Row) -> dict[str, float]:
+def of_row(row: Row) -> dict[str, Any]:
     """The figures in a row of status.devices."""
-    return {name: row[name] for name in NAMES if name in row}
+    return {name: row[name] for name in (*NAMES, CONTACT) if name in row}
 
 
 def differ(shown: Figures, seen: Figures) -> bool:
     """Whether the figures of a device are worth a write."""
-    return shown.keys() != seen.keys() or any(
+    if shown.keys() - {CONTACT} != seen.keys() - {CONTACT}:
+        return True
+    return _later_s(shown, seen) >= CONTACT_EVERY_S or any(
         seen[name] != value and abs(seen[name] - value) >= CHANGE * abs(value)
         for name, value in shown.items()
+        if name != CONTACT
     )
 
 
@@ -101,7 +110,14 @@ class Pace:
 def _with(row: Row, seen: Figures | None) -> dict[str, Any]:
     if seen is None:
         return dict(row)
-    return {**{name: value for name, value in row.items() if name not in NAMES}, **seen}
+    return {**{name: value for name, value in row.items() if name not in (*NAMES, CONTACT)}, **seen}
+
+
+def _later_s(shown: Figures, seen: Figures) -> float:
+    """Seconds from the contact that is shown to the one that was seen; 0 without both."""
+    if CONTACT not in shown or CONTACT not in seen:
+        return 0.0
+    return (datetime.fromisoformat(seen[CONTACT]) - datetime.fromisoformat(shown[CONTACT])).total_seconds()
 
 
 def _number(value: object) -> float | None:

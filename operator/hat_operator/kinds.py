@@ -42,6 +42,7 @@ DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 DAEMONSET = Kind("apps/v1", "DaemonSet", "daemonsets")
 SERVICE = Kind("v1", "Service", "services")
 SERVICE_ACCOUNT = Kind("v1", "ServiceAccount", "serviceaccounts")
+CONFIG_MAP = Kind("v1", "ConfigMap", "configmaps")
 SECRET = Kind("v1", "Secret", "secrets")
 POD = Kind("v1", "Pod", "pods")
 NODE = Kind("v1", "Node", "nodes", namespaced=False)
@@ -57,7 +58,7 @@ EDGE_CHILDREN = (DAEMONSET, SERVICE, SERVICE_ACCOUNT, NETWORK_POLICY)
 
 _BY_NAME = {
     (kind.api_version, kind.name): kind
-    for kind in (*CHILDREN, HATDEPLOYMENT, SECRET, POD, NODE, EVENT, LEASE, POD_MONITOR)
+    for kind in (*CHILDREN, HATDEPLOYMENT, CONFIG_MAP, SECRET, POD, NODE, EVENT, LEASE, POD_MONITOR)
 }
 
 

@@ -21,6 +21,7 @@ from hat_operator.kubeconfig import own_client
 from hat_operator.leader import Identity, Leader
 from hat_operator.reconcile import Reconciler
 from hat_operator.settings import PREFIX, Settings
+from hat_operator.slow_loop import SlowLoop
 from hat_operator.telemetry import Telemetry
 from hat_operator.watches import EdgeWatches
 from hat_operator.worker import Worker
@@ -63,11 +64,12 @@ async def run(settings: Settings, home: Cluster, leader: Leader) -> None:
     await server.wait_closed()
     holding = asyncio.create_task(leader.hold(_end), name="lease")
     telemetry = Telemetry(home, settings.namespaces, settings.devices_url, settings.resync_s / 2)
-    asking = asyncio.create_task(telemetry.run(), name="telemetry")
     # Only a pass makes a watch, so the worker is there when one asks it for another pass.
     watches = EdgeWatches(lambda namespace, name: worker.request(namespace, name))
-    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry, watches)
+    loop = SlowLoop(home, telemetry, lambda namespace, name: worker.request(namespace, name))
+    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry, watches, loop)
     worker = Worker(reconciler, home, settings.namespaces, settings.resync_s, watches)
+    asking = asyncio.create_task(telemetry.run(loop.round), name="telemetry")
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,

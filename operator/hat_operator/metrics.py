@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from prometheus_client import Counter, Gauge, Histogram
 
 RECONCILE_SECONDS = Histogram(
@@ -26,8 +28,25 @@ DEVICE_POLLS = Counter(
     "Questions to pods of the cloud about their devices, by result.",
     ["result"],
 )
+POLICY_PUSHES = Counter(
+    "hat_operator_policy_pushes_total", "Chunk policies sent to pods of the cloud, by result.", ["result"]
+)
 for _result in ("ok", "failed"):
     DEVICE_POLLS.labels(_result)
+    POLICY_PUSHES.labels(_result)
+POLICY_CHANGES = Counter(
+    "hat_operator_policy_changes_total", "New chunk policies of a HatDeployment.", ["namespace", "name"]
+)
+POLICY_FROZEN = Gauge(
+    "hat_operator_policy_frozen",
+    "1 while no pod of a HatDeployment's cloud gives figures, so that its chunk policy stays as it is.",
+    ["namespace", "name"],
+)
+POLICY_AGE = Gauge(
+    "hat_operator_policy_age_seconds",
+    "Since a pod gave the figures behind a HatDeployment's chunk policy; 0 while it has no ready pods.",
+    ["namespace", "name"],
+)
 QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
 EDGE_STREAMS = Gauge("hat_operator_edge_streams", "Open watches of devices' clusters, one for each kind.")
 LEADER = Gauge("hat_operator_leader", "1 while this process holds the lease.")
@@ -35,3 +54,10 @@ LAST_RESYNC = Gauge("hat_operator_last_resync_timestamp_seconds", "When all HatD
 HATDEPLOYMENTS = Gauge(
     "hat_operator_hatdeployments", "HatDeployments at the last resync, by Ready.", ["ready"]
 )
+
+
+def forget_policy(namespace: str, name: str) -> None:
+    """A HatDeployment is gone, or nobody chooses its chunk sizes."""
+    for metric in (POLICY_CHANGES, POLICY_FROZEN, POLICY_AGE):
+        with suppress(KeyError):
+            metric.remove(namespace, name)

@@ -119,6 +119,11 @@ def cloud(hat: HatDeployment) -> str:
     return f"{hat.name}-cloud"
 
 
+def cloud_policy(hat: HatDeployment) -> str:
+    """ConfigMap with the chunk policy that replicas start with."""
+    return f"{hat.name}-cloud-policy"
+
+
 def cloud_revision(hat: HatDeployment, revision: str) -> str:
     """Deployment and Service of one revision."""
     return f"{hat.name}-cloud-{revision}"

@@ -5,25 +5,30 @@ A call may be cut off anywhere (the process may be killed): the next one, here o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hat_operator import devices, events, gauges, names, refusals, rollout, sites, status
-from hat_operator.children import Children
+from hat_operator.children import Children, key_of
 from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
 from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
 from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
 from hat_operator.figures import Pace
-from hat_operator.kinds import HATDEPLOYMENT, NODE, POD
+from hat_operator.kinds import CONFIG_MAP, HATDEPLOYMENT, NODE, POD
+from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.sites import Sites
+from hat_operator.slow_loop import SlowLoop
 from hat_operator.spec import ClusterRef, Edge, HatDeployment, SpecError
 from hat_operator.status import CloudSeen, EdgeSeen, Problem
 from hat_operator.telemetry import Telemetry
 from hat_operator.watches import EdgeWatches
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,8 +54,13 @@ class Reconciler:
         settings: Settings,
         telemetry: Telemetry | None = None,
         watches: EdgeWatches | None = None,
+        loop: SlowLoop | None = None,
     ) -> None:
-        """Without telemetry the devices have no figures, and without watches other clusters are polled only."""
+        """Without telemetry devices have no figures, without watches other clusters are polled only.
+
+        Without a loop no chunk sizes are proposed.
+        """
+        self._loop = loop
         self._home = home
         self._telemetry = telemetry
         self._pace = Pace()
@@ -114,15 +124,16 @@ class Reconciler:
 
     async def _sides(self, hat: HatDeployment, body: Object) -> tuple[CloudSeen, EdgeSeen]:
         cloud, local = await Children.read_home(self._home, hat)
+        policy = await self._policy(hat, body, cloud)
         site = await self._read_site(hat, local)
         wanted = names.revision(hat, self._settings)
-        desired, seen = self._plan(hat, cloud, site, wanted)
+        desired, seen = self._plan(hat, cloud, site, wanted, policy)
         problem = None
         try:
             await cloud.apply(desired.cloud)
             # The Service knows its node port only now, and a Deployment of no replicas is ready at once.
             before = desired.cloud
-            desired, seen = self._plan(hat, cloud, site, wanted)
+            desired, seen = self._plan(hat, cloud, site, wanted, policy)
             if desired.cloud != before:
                 await cloud.apply(desired.cloud)
             await cloud.prune(desired.cloud, desired.keeps)
@@ -134,8 +145,26 @@ class Reconciler:
             hat, body, desired, local, site
         )
 
+    async def _policy(self, hat: HatDeployment, body: Object, cloud: Children) -> str | None:
+        """The chunk policy that the ConfigMap should hold. The ConfigMap joins the children, which do not list it."""
+        if self._loop is None or not adaptive(hat.spec.mode, hat.spec.chunking):
+            return None if self._loop is None else self._loop.stored(body, hat, None)
+        try:
+            # By name: a right to list would show every ConfigMap.
+            live = await self._home.get(CONFIG_MAP, names.cloud_policy(hat), hat.namespace)
+        except ClusterError as error:
+            if error.reason != "Forbidden":
+                raise
+            # Rights of an earlier version: pods are told all the same, only a new one starts without a policy.
+            log.warning("%s/%s: no chunk policy is kept: %s", hat.namespace, hat.name, error)
+            self._loop.stored(body, hat, None)
+            return None
+        if live is not None:
+            cloud.live[key_of(live)] = live
+        return self._loop.stored(body, hat, live)
+
     def _plan(
-        self, hat: HatDeployment, cloud: Children, site: _Site, wanted: str
+        self, hat: HatDeployment, cloud: Children, site: _Site, wanted: str, policy: str | None
     ) -> tuple[Desired, CloudSeen]:
         deployments = rollout.by_revision(cloud.live.values())
         service = cloud.service(names.cloud(hat))
@@ -151,6 +180,7 @@ class Reconciler:
             serving_revision=rollout.serving_revision(wanted, deployments, service),
             edge_apis=frozenset() if site.children is None else site.children.apis,
             draining=draining,
+            policy=policy,
         )
         endpoint = cloud_endpoint(hat, observed, observed.serving_revision or wanted)
         seen = CloudSeen(wanted, observed.serving_revision, endpoint=endpoint)
@@ -198,6 +228,8 @@ class Reconciler:
 
     def _forget(self, namespace: str, name: str) -> None:
         self._pace.forget((namespace, name))
+        if self._loop is not None:
+            self._loop.forget(namespace, name)
         self._sites.forget(namespace, name)
         gauges.forget(namespace, name)
         if self._watches is not None:

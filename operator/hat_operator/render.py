@@ -57,9 +57,11 @@ def render(text: str, file: str = "FILE", registry: str = "", version: str = "")
     """
     from hat_operator import names
     from hat_operator.desired import Observed, desired_objects
+    from hat_operator.policy import adaptive
     from hat_operator.schema import apply_defaults, load_schema, problems
     from hat_operator.settings import Settings
     from hat_operator.spec import HatDeployment
+    from hat_runtime.control.published import PublishedPolicy
     from hat_runtime.errors import UsageError
 
     schema = load_schema()
@@ -72,7 +74,9 @@ def render(text: str, file: str = "FILE", registry: str = "", version: str = "")
     stand_in = names.host_port(expose.host or UNKNOWN_ENDPOINT, expose.port)
     settings = Settings(registry, version)
     endpoints = {names.revision(hat, settings): stand_in}
-    return desired_objects(hat, settings, Observed(cloud_endpoint=stand_in, endpoints=endpoints))
+    policy = PublishedPolicy().to_json() if adaptive(hat.spec.mode, hat.spec.chunking) else None
+    observed = Observed(cloud_endpoint=stand_in, endpoints=endpoints, policy=policy)
+    return desired_objects(hat, settings, observed)
 
 
 def _read(file: str) -> str:

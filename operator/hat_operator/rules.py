@@ -80,8 +80,12 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "self.mode == 'hat' || !has(self.chunking.tokens) || self.chunking.tokens == 128": lambda self: (
         self["mode"] == "hat" or self["chunking"].get("tokens", 128) == 128
     ),
-    "self.minTokens <= self.maxTokens": lambda self: self["minTokens"] <= self["maxTokens"],
-    "self.mode == 'fixed' || !has(self.tokens)": lambda self: self["mode"] == "fixed" or "tokens" not in self,
+    "!has(self.minTokens) || !has(self.maxTokens) || self.minTokens <= self.maxTokens": lambda self: (
+        not {"minTokens", "maxTokens"} <= self.keys() or self["minTokens"] <= self["maxTokens"]
+    ),
+    "!has(self.tokens) || (has(self.mode) && self.mode == 'fixed')": lambda self: (
+        "tokens" not in self or self.get("mode") == "fixed"
+    ),
     "self.mode == 'hat' || (self.wire.uplink == 'none' && self.wire.uplinkDecode == 'none')": lambda self: (
         self["mode"] == "hat" or self["wire"]["uplink"] == self["wire"]["uplinkDecode"] == "none"
     ),

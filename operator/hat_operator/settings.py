@@ -36,7 +36,8 @@ class Settings:
     health_port: int = 8081
     log_format: str = "text"
     devices_url: str = DEVICES_URL
-    """Where a pod of the cloud lists its devices; {ip}, {namespace} and {pod} are the pod's."""
+    """Where a pod of the cloud lists its devices; {ip}, {namespace} and {pod} are the pod's. Beside it, at /v1/policy
+    instead of /v1/devices, the pod takes its chunk policy."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or package_version())
@@ -72,7 +73,8 @@ class Settings:
         devices_url = value("DEVICES_URL", DEVICES_URL)
         if not _is_devices_url(devices_url):
             text = (
-                "is not an http:// or https:// URL in which only {ip}, {namespace} and {pod} stand in braces"
+                "is not an http:// or https:// URL that ends with /v1/devices and in which only {ip}, {namespace} "
+                "and {pod} stand in braces"
             )
             raise UsageError(f"{PREFIX}DEVICES_URL: {devices_url!r} {text}")
         return cls(
@@ -96,4 +98,5 @@ def _is_devices_url(text: str) -> bool:
         fields = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
     except ValueError:
         return False
-    return text.startswith(("http://", "https://")) and set(fields) <= {"ip", "namespace", "pod"}
+    whole = text.startswith(("http://", "https://")) and text.endswith("/v1/devices")
+    return whole and set(fields) <= {"ip", "namespace", "pod"}

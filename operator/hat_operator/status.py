@@ -12,6 +12,7 @@ from typing import Any
 
 from hat_operator import names
 from hat_operator.devices import PENDING, Fleet
+from hat_operator.policy import adaptive
 from hat_operator.spec import HatDeployment
 
 READY, CLOUD_READY, EDGE_READY = "Ready", "CloudReady", "EdgeReady"
@@ -50,6 +51,11 @@ class MetricsSeen:
     """Ready pods that have not answered yet, but were not asked long ago."""
     error: str = ""
     """What one of the silent ones said instead."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing fresh is known, though there are replicas that should tell."""
+        return bool(self.silent) and not self.telling and not self.asked
 
 
 @dataclass(frozen=True)
@@ -288,8 +294,12 @@ def _metrics(hat: HatDeployment, seen: MetricsSeen) -> Finding:
         return Finding("Unknown", "ScaledToZero", "spec.cloud.replicas is 0")
     if seen.telling:
         return Finding("True", "ReplicasTell", "the cloud's replicas tell of their devices")
-    if seen.silent and not seen.asked:
+    if seen.frozen:
         text = f"no replica of the cloud tells of its devices: {seen.error}"
+        if adaptive(hat.spec.mode, hat.spec.chunking):
+            return Finding(
+                "False", "PolicyFrozen", f"chunk sizes proposed to devices stay as they are; {text}"
+            )
         return Finding("False", "ReplicasSilent", text)
     return Finding(
         "Unknown", "NoReplicaAnswered", "no ready replica of the cloud has told of its devices yet"

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 
-from hat_operator import figures, metrics, names
+from hat_operator import events, metrics, names
+from hat_operator.answers import Report, Said, newest, parse
 from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.devices import is_ready
-from hat_operator.figures import Figures
+from hat_operator.figures import CONTACT, Figures
 from hat_operator.kinds import POD
 from hat_operator.status import MetricsSeen
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 3.0
 PARALLEL = 16
+FLOOR_S = 1.0
+"""Shortest time between two rounds, however many hurry."""
 MAX_BYTES = 2 << 20
 """Longest answer that is read; a full table of a cloud pod is shorter."""
-MAX_ROWS = 4096
-STALE_S = 600.0
-"""A device that no pod has heard for so long says nothing about now."""
 SILENT_S = 60.0
 """A pod that has not answered for so long is silent; a request that is lost now and then is no news."""
 
@@ -37,26 +37,19 @@ _SELECTOR = names.selector_text(
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one pod knows of one device."""
-
-    device: str
-    contact: float
-    """Monotonic seconds of this process: the age that the pod gave, taken from the time of its answer."""
-    figures: Figures
-
-
-@dataclass(frozen=True)
-class _Pod:
+class Pod:
     """One pod and what it said last."""
 
+    uid: str
+    url: str
+    """Where it lists its devices."""
     asked: float
     """Monotonic seconds of the first question."""
     answered: float | None = None
     """Of its last answer."""
     error: str = ""
     """Why it did not answer the last time; empty if it did."""
-    reports: list[Report] = field(default_factory=list)
+    said: Said = field(default_factory=Said)
 
 
 class Telemetry:
@@ -76,44 +69,73 @@ class Telemetry:
         self._url = url
         self._every_s = every_s
         self._silent_s = max(SILENT_S, 2.5 * every_s)
-        self._pods: dict[Key, dict[str, _Pod]] | None = None
+        self._soon = asyncio.Event()
+        self._pods: dict[Key, dict[str, Pod]] | None = None
         """Of each HatDeployment, by the pod's uid; None before the first round.
 
         A pod that does not answer keeps what it said last.
         """
 
     def figures(self, namespace: str, name: str) -> dict[str, Figures]:
-        """The newest figures of each device of a HatDeployment."""
-        pods = (self._pods or {}).get((namespace, name), {}).values()
-        return newest((pod.reports for pod in pods), time.monotonic())
+        """The newest figures of each device of a HatDeployment, and its last contact."""
+        now, clock = time.monotonic(), time.time()
+        return {
+            device: {**report.figures, CONTACT: events.rfc3339(clock - (now - report.contact))}
+            for device, report in self.reports(namespace, name).items()
+        }
+
+    def reports(self, namespace: str, name: str) -> dict[str, Report]:
+        """The newest report of each device of a HatDeployment, as the pod gave it that heard the device last."""
+        return newest((pod.said.reports for pod in self.pods(namespace, name)), time.monotonic())
+
+    def pods(self, namespace: str, name: str) -> list[Pod]:
+        """The ready pods of a HatDeployment's cloud at the last round."""
+        return list((self._pods or {}).get((namespace, name), {}).values())
+
+    def has_policy(self, key: Key, pod: Pod, version: int) -> None:
+        """A pod has taken a policy since it was asked."""
+        known = (self._pods or {}).get(key, {})
+        if pod.uid in known:
+            said = replace(known[pod.uid].said, policy_version=version)
+            known[pod.uid] = replace(known[pod.uid], said=said)
+
+    def hurry(self) -> None:
+        """Begin the next round now."""
+        self._soon.set()
 
     def seen(self, namespace: str, name: str) -> MetricsSeen | None:
         """Whether the pods of a HatDeployment answer; None before the first round."""
         if self._pods is None:
             return None
-        pods = list(self._pods.get((namespace, name), {}).values())
+        pods = self.pods(namespace, name)
         limit = time.monotonic() - self._silent_s
         telling = [pod for pod in pods if pod.answered is not None and pod.answered >= limit]
         silent = [pod for pod in pods if (pod.answered or pod.asked) < limit]
         error = min((pod.error for pod in silent), default="")
         return MetricsSeen(len(telling), len(silent), len(pods) - len(telling) - len(silent), error)
 
-    async def run(self) -> None:
-        """Ask, round after round, until cancelled."""
+    async def run(self, after: Callable[[aiohttp.ClientSession], Awaitable[None]] | None = None) -> None:
+        """Ask, round after round, until cancelled; call `after` at the end of each."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=PARALLEL, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             while True:
+                self._soon.clear()
                 try:
                     await self.ask_all(session)
+                    if after is not None:
+                        await after(session)
                 except Exception:
                     log.exception("asking the cloud's pods for their devices failed")
-                await asyncio.sleep(self._every_s)
+                await asyncio.sleep(min(FLOOR_S, self._every_s))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, self._every_s - FLOOR_S)):
+                        await self._soon.wait()
 
     async def ask_all(self, session: aiohttp.ClientSession) -> None:
         """One round. Where pods could not be listed, what was known of them stays."""
         pods: list[Mapping[str, Any]] = []
-        found: dict[Key, dict[str, _Pod]] = {}
+        found: dict[Key, dict[str, Pod]] = {}
         before = self._pods or {}
         for namespace in self._namespaces or (None,):
             try:
@@ -128,22 +150,19 @@ class Telemetry:
         answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
         for pod, answer in zip(pods, answers, strict=True):
             key, uid = _owner(pod), pod["metadata"]["uid"]
-            known = before.get(key, {}).get(uid, _Pod(begin))
+            known = before.get(key, {}).get(uid, Pod(uid, self._address(pod), begin))
             if isinstance(answer, str):
                 answered = replace(known, error=answer)
             else:
-                answered = replace(known, answered=time.monotonic(), error="", reports=answer)
+                answered = replace(known, answered=time.monotonic(), error="", said=answer)
             found.setdefault(key, {})[uid] = answered
         self._pods = found
 
     async def _ask(
         self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Mapping[str, Any]
-    ) -> list[Report] | str:
+    ) -> Said | str:
         """What the pod says, or why it says nothing."""
-        meta = pod["metadata"]
-        address = str(pod["status"].get("podIP", ""))
-        host = f"[{address}]" if ":" in address else address
-        url = self._url.format(ip=host, namespace=meta["namespace"], pod=meta["name"])
+        url = self._address(pod)
         try:
             async with slots, session.get(url, allow_redirects=False) as response:
                 if response.status != 200:
@@ -157,40 +176,11 @@ class Telemetry:
         metrics.DEVICE_POLLS.labels("ok").inc()
         return found
 
-
-def parse(body: bytes, now: float) -> list[Report]:
-    """The rows of an answer; those that are none are left out.
-
-    Raises:
-        ValueError: it is no such answer at all.
-    """
-    content = json.loads(body)
-    rows = content.get("devices") if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise ValueError("an object with a list `devices` is missing")
-    found = []
-    for row in rows[:MAX_ROWS]:
-        name, age = (
-            (row.get("name"), row.get("seconds_since_contact")) if isinstance(row, dict) else (None, None)
-        )
-        if isinstance(name, str) and isinstance(age, int | float) and 0 <= age <= STALE_S:
-            found.append(Report(name, now - age, figures.from_report(row)))
-    return found
-
-
-def newest(reports: Iterable[Iterable[Report]], now: float) -> dict[str, Figures]:
-    """Each device's figures as the pod says that heard it last; a device without figures or contact is left out."""
-    latest: dict[str, Report] = {}
-    for of_pod in reports:
-        for report in of_pod:
-            known = latest.get(report.device)
-            if (
-                report.figures
-                and now - report.contact <= STALE_S
-                and (known is None or report.contact > known.contact)
-            ):
-                latest[report.device] = report
-    return {device: report.figures for device, report in latest.items()}
+    def _address(self, pod: Mapping[str, Any]) -> str:
+        """Where a pod lists its devices."""
+        meta, address = pod["metadata"], str(pod["status"].get("podIP", ""))
+        host = f"[{address}]" if ":" in address else address
+        return self._url.format(ip=host, namespace=meta["namespace"], pod=meta["name"])
 
 
 def _owner(pod: Mapping[str, Any]) -> Key:

@@ -16,14 +16,6 @@ CHART = ROOT / "charts" / "hat-operator"
 FOLDER = CHART / "dashboards"
 RULES = CHART / "rules" / "hat.rules.yaml"
 BOARDS = ("hat-fleet", "hat-device", "hat-cloud", "hat-operator")
-PENDING = frozenset(
-    # The operator's loop over chunk sizes exports these; to be emptied with it.
-    (
-        *("hat_operator_policy_changes_total", "hat_operator_policy_frozen"),
-        *("hat_operator_policy_age_seconds", "hat_operator_policy_pushes_total"),
-    )
-)
-"""Metrics that dashboards and alerts use already and no code exports yet."""
 
 
 @dataclass(frozen=True)

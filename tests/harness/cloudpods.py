@@ -1,4 +1,4 @@
-"""A stand-in for the cloud's pods: what they would tell of their devices, for the operator to ask.
+"""A stand-in for the cloud's pods: what they would tell of their devices, for the operator to ask and to give policies.
 
 kwok's pods have addresses that lead nowhere, so the operator is told by HAT_OPERATOR_DEVICES_URL to ask here.
 """
@@ -8,20 +8,34 @@ from __future__ import annotations
 import json
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from hat_runtime.cloud.policy import OlderPolicy, PolicyStore
+from hat_runtime.control.published import PolicyError
 
 JITTER = 0.05
 """Every answer differs from the one before by up to this part: real figures never stand still."""
 
 
 class CloudPods:
-    """Serves GET /NAMESPACE/POD/v1/devices in the form of hat_runtime/cloud/devices.py."""
+    """Serves GET /NAMESPACE/POD/v1/devices as hat_runtime/cloud/admin.py does, and takes PUT .../v1/policy."""
 
-    def __init__(self, devices: Mapping[str, Sequence[str]]) -> None:
-        """`devices` are the names of the devices of each HatDeployment."""
+    def __init__(self, devices: Mapping[str, Sequence[str]], *, tuning: bool = False) -> None:
+        """`devices` are the names of the devices of each HatDeployment.
+
+        With `tuning` the pods also say what chunk sizes depend on; without, there is no ground for a policy.
+        """
         self._devices = devices
+        self._tuning = tuning
+        self.policies: dict[str, PolicyStore] = defaultdict(PolicyStore)
+        """What each pod has taken."""
+        self.quiet: set[str] = set()
+        """Devices that were heard two minutes ago."""
+        self.silent = False
+        """Whether pods answer with status 503."""
         self._random = random.Random(4)
         self._lock = threading.Lock()
         self._uplinks = {
@@ -49,8 +63,19 @@ class CloudPods:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = cloud._answer(self.path)
-                self.send_response(200)
+                self.reply(503 if cloud.silent else 200, cloud._answer(self.path))
+
+            def do_PUT(self) -> None:
+                store = cloud.policies[self.path.split("/")[2]]
+                try:
+                    store.put(self.rfile.read(int(self.headers["Content-Length"])))
+                except (PolicyError, OlderPolicy) as error:
+                    self.reply(400 if isinstance(error, PolicyError) else 409, str(error).encode())
+                else:
+                    self.reply(200, store.policy.to_json().encode())
+
+            def reply(self, status: int, body: bytes) -> None:
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -76,11 +101,20 @@ class CloudPods:
             rows = [
                 {
                     "name": name,
-                    "seconds_since_contact": round(self._random.uniform(0, 5), 3),
+                    "seconds_since_contact": 120.0
+                    if name in self.quiet
+                    else round(self._random.uniform(0, 5), 3),
                     "chunk_tokens": 128,
                     "uplink_bytes_per_s": self._uplinks[name] * self._random.uniform(1 - JITTER, 1 + JITTER),
                     "rtt_s": 0.02,
                 }
                 for name in names
             ]
-        return json.dumps({"devices": rows}).encode()
+        content: dict[str, object] = {"devices": rows, "policy_version": self.policies[pod].policy.version}
+        if self._tuning:
+            for row in rows:
+                row |= {"row_bytes": 1152, "shallow_s_per_token": 5e-5}
+            # The default model on one core (design.md 11).
+            content["cost"] = {"fixed_s": 0.03, "per_token_s": 5e-4, "per_pair_s": 1e-7, "per_cached_s": 0.0}
+            content["load"] = {"wait_s": 0.004, "company_tokens": 0.0, "prompt_rows": 512}
+        return json.dumps(content).encode()

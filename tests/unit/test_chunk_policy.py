@@ -19,7 +19,7 @@ from hat_runtime.control.chunk_policy import (
     predicted_ttft,
     predictive,
 )
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 
 MEGABIT = 1e6 / 8
 costs = st.builds(PassCost, st.floats(0, 0.2), st.floats(1e-6, 2e-3), st.floats(0, 1e-6))
@@ -67,6 +67,30 @@ def test_a_size_is_left_only_for_a_gain(now: Conditions, total: int, within: Bou
     assert predictive(now, 0, total, within, size) == size
 
 
+@given(conditions, lengths, bounds, st.none() | st.integers(1, 4096), st.integers(1, 100_000))
+def test_a_hint_costs_at_most_the_dead_band_and_stays_within_bounds(
+    now: Conditions, total: int, within: Bounds, current: int | None, hint: int
+) -> None:
+    size = predictive(now, 0, total, within, current, hint)
+    assert within.least <= size <= within.most
+    least = min(predicted_ttft(now, 0, total, one) for one in within.candidates())
+    assert (1 - DEAD_BAND) * predicted_ttft(now, 0, total, size) <= least * (1 + 1e-9)
+    assert predictive(now, 0, total, within, size, hint) == size
+    papers, own = balance(now, total, within, current, hint=hint), balance(now, total, within)
+    assert within.least <= papers <= within.most
+    assert abs(papers - own) <= DEAD_BAND * papers
+
+
+@given(conditions, lengths, bounds, st.integers(1, 4096))
+def test_a_hint_that_is_as_good_as_the_best_is_taken_at_the_start(
+    now: Conditions, total: int, within: Bounds, hint: int
+) -> None:
+    hint = within.clamp(hint)
+    best = min(predicted_ttft(now, 0, total, one) for one in [*within.candidates(), hint])
+    if (1 - DEAD_BAND) * predicted_ttft(now, 0, total, hint) <= best:
+        assert predictive(now, 0, total, within, None, hint) == hint
+
+
 @given(conditions, lengths, bounds, st.floats(1, 10), st.floats(0, 1))
 def test_balance_grows_with_rate_and_load(
     now: Conditions, total: int, within: Bounds, faster: float, longer_s: float
@@ -109,6 +133,7 @@ def test_prediction_of_one_chunk_is_the_sum_of_its_parts() -> None:
 def test_unknown_conditions_change_nothing() -> None:
     for now in (seen(uplink_bytes_per_s=0.0), replace(seen(), cost=None), replace(seen(), shallow=None)):
         assert predictive(now, 0, 2000, Bounds(), 200) == balance(now, 2000, Bounds(), 200) == 200
+        assert predictive(now, 0, 2000, Bounds(), 200, 96) == balance(now, 2000, Bounds(), 200, hint=96) == 96
         assert predictive(now, 0, 2000, Bounds()) == balance(now, 2000, Bounds()) == FALLBACK
         with pytest.raises(ValueError, match="not known"):
             predicted_ttft(now, 0, 2000, 128)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hat_runtime.control.chunk_policy import FALLBACK, Bounds, balance, predicted_ttft, predictive
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.device.chunking import ChunkConfig, Chunker
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.steps import Binding
@@ -63,6 +63,23 @@ async def test_sizes_are_the_policys(link: CloudLink, rate: float) -> None:
     assert (now.company, now.pass_tokens, now.wait_s, now.row_bytes) == (3, 96, 0.004, 1152)
     assert quick.size(10, 2000, SHALLOW) == predictive(now, 10, 2000, bounds)
     assert papers.size(10, 2000, SHALLOW) == balance(now, 2000, bounds)
+
+
+@pytest.mark.parametrize("policy", ["predictive", "balance"])
+async def test_what_the_cloud_proposes_is_a_start_until_more_is_known(link: CloudLink, policy: str) -> None:
+    one = chunker(link, ChunkConfig(None, policy, Bounds(64, 512)))
+    assert one.size(0, 2000, SHALLOW) == FALLBACK
+    link.suggested_chunk = 300
+    assert one.size(128, 2000, SHALLOW, first=False) == 300  # also in the middle of the first prompt
+    link.suggested_chunk = 4000
+    assert one.size(0, 2000, SHALLOW) == 512
+    link.suggested_chunk = 0  # withdrawn
+    assert one.size(0, 2000, SHALLOW) == 512
+    learn(link, 3e6)
+    own = chunker(link, ChunkConfig(None, policy, Bounds(64, 512))).size(0, 400, SHALLOW)
+    link.suggested_chunk = 512 if own < 256 else 64
+    assert one.size(0, 400, SHALLOW) == own  # what the device knows itself wins
+    assert one.size(100, 400, SHALLOW, first=False) == own
 
 
 async def test_a_change_of_the_link_changes_the_size(link: CloudLink) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hat_runtime.control.cost import CostFit, PassCost
+from hat_runtime.control.cost import CostFit
+from hat_runtime.control.pass_cost import PassCost
 
 SIZES = (1, 4, 8, 64, 128, 256)
 

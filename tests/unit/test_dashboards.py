@@ -56,7 +56,7 @@ def unknown(expr: str) -> list[str]:
     wrong = []
     for selector in boards.selectors(expr):
         side = re.search(r'hat_component="(\w+)"', selector.labels)
-        there = SIDES[side.group(1) if side else ""] | boards.recorded() | boards.PENDING | {"up"}
+        there = SIDES[side.group(1) if side else ""] | boards.recorded() | {"up"}
         if selector.metric not in there:
             wrong.append(selector.text)
     return wrong

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.control.sharing import RIDE, Courtesy, Decoder
 
 costs = st.builds(PassCost, st.floats(1e-4, 0.2), st.floats(1e-6, 2e-3), st.floats(0, 1e-6))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import pods
+from hat_operator.objects import pods, policy_map
+from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
 
@@ -57,13 +58,15 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     args += ["--listen", f"0.0.0.0:{names.GRPC_PORT}", "--http-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
     args += ["--dtype", hat.spec.model.dtype, "--max-sessions", str(cloud.max_sessions)]
     args += ["--device", "cuda" if cloud.gpus else "cpu"]
+    proposes = adaptive(hat.spec.mode, hat.spec.chunking)
+    args += ["--policy-file", policy_map.FILE] if proposes else []
     args += ["--log-format", "json", "--log-level", hat.spec.log_level]
     main = pods.container(
         "cloud",
         image,
         args,
         pods.resources(cloud.resources, path, DEFAULT_CPU, DEFAULT_MEMORY, cloud.gpus),
-        files.mounts,
+        [*files.mounts, *([policy_map.mount()] if proposes else [])],
         {},
     )
     main["ports"] = [
@@ -71,7 +74,8 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
         {"name": "http", "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
     ]
     main.update(pods.life())
-    spec = pods.pod_spec(hat, names.cloud(hat), main, files, [], cloud.template)
+    volumes = [policy_map.volume(hat)] if proposes else []
+    spec = pods.pod_spec(hat, names.cloud(hat), main, files, volumes, cloud.template)
     if cloud.template.node_selector:
         spec["nodeSelector"] = dict(cloud.template.node_selector)
     gpu = [pods.gpu_toleration()] if cloud.gpus else []

@@ -29,6 +29,27 @@ def test_command_line_is_one_that_hat_understands() -> None:
     assert (args.log_format, args.log_level) == ("json", "debug")
 
 
+def test_a_policy_of_chunk_sizes_to_start_with_may_be_missing() -> None:
+    thing = deployment(hat())
+    args = build_parser().parse_args(main(thing)["args"])
+    (volume,) = [volume for volume in pod(thing)["volumes"] if "configMap" in volume]
+    assert volume["configMap"] == {"name": "chat-cloud-policy", "optional": True}
+    (mount,) = [mount for mount in main(thing)["volumeMounts"] if mount["name"] == volume["name"]]
+    assert args.policy_file == f"{mount['mountPath']}/policy.json"
+    assert mount["readOnly"]
+    made = one(desired(hat(), policy="{}").cloud, "ConfigMap")
+    assert (made["metadata"]["name"], made["data"]) == ("chat-cloud-policy", {"policy.json": "{}"})
+    # What it holds is no part of the pods: another policy restarts none.
+    assert one(desired(hat(), policy='{"version":1}').cloud, "Deployment") == thing
+
+
+@pytest.mark.parametrize("spec", [{"chunking": {"mode": "fixed"}}, {"mode": "picospec", "split": None}])
+def test_without_a_choice_of_chunk_sizes_there_is_no_policy(spec: dict[str, Any]) -> None:
+    wanted = hat(**spec, model={"source": {"hub": "default"}})
+    assert "--policy-file" not in main(deployment(wanted))["args"]
+    assert [volume for volume in pod(deployment(wanted))["volumes"] if "configMap" in volume] == []
+
+
 @pytest.mark.parametrize(
     ("source", "revision", "asked"),
     [("org/model", "", "org/model"), ("org/model", "v2", "org/model@v2"), ("default", "", "default")],

@@ -24,7 +24,7 @@ def row(name: str, **found: Any) -> dict[str, Any]:
     [
         (
             {"chunk_tokens": 128, "uplink_bytes_per_s": 7_512_345.0, "rtt_s": 0.02, "acceptance": 0.7512},
-            {"chunkSize": 128, "uplinkMbps": 60.1, "acceptance": 0.75},
+            {"chunkSize": 128, "uplinkMbps": 60.1, "rttMs": 20.0, "acceptance": 0.75},
         ),
         ({"uplink_bytes_per_s": 1234.5}, {"uplinkMbps": 0.00988}),
         ({"acceptance": 0}, {"acceptance": 0}),
@@ -49,11 +49,26 @@ def test_reports_in_the_units_of_status(report: dict[str, Any], expected: dict[s
         ({"acceptance": 0.0}, {"acceptance": 0.01}, True),
         ({}, {"chunkSize": 64}, True),
         ({"chunkSize": 64, "acceptance": 0.5}, {"chunkSize": 64}, True),
+        ({"rttMs": 20.0}, {"rttMs": 25.0}, True),
         ({}, {}, False),
     ],
 )
 def test_a_fifth_is_worth_a_write(shown: dict[str, float], seen: dict[str, float], worth: bool) -> None:
     assert figures.differ(shown, seen) is worth
+
+
+def test_the_last_contact_is_worth_a_write_now_and_then_only() -> None:
+    def at(minute: int) -> dict[str, Any]:
+        return {"chunkSize": 64, "lastContact": f"2026-11-22T10:{minute:02}:00Z"}
+
+    assert not figures.differ(at(0), at(9))
+    assert figures.differ(at(0), at(10))
+    assert not figures.differ(at(10), at(0))
+    assert not figures.differ({"chunkSize": 64}, at(10))  # it comes with the next figure
+    pace = Pace()
+    pace.rows(KEY, [row("a", **at(0))], {"a": at(1)}, 0.0)
+    changed = {**at(1), "chunkSize": 512}
+    assert pace.rows(KEY, [row("a", **at(0))], {"a": changed}, EVERY_S) == ([row("a", **changed)], None)
 
 
 def test_a_late_write_counts_from_its_end() -> None:

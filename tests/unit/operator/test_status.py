@@ -114,7 +114,10 @@ def test_missing_metrics_leave_it_ready() -> None:
 
     assert metrics(MetricsSeen(asked=1)) == metrics(MetricsSeen(silent=1, asked=1))
     assert metrics(MetricsSeen()) == ("Unknown", "NoReplicaAnswered")
-    assert metrics(MetricsSeen(silent=2, error="status 404")) == ("False", "ReplicasSilent")
+    silent = MetricsSeen(silent=2, error="status 404")
+    assert metrics(silent) == ("False", "PolicyFrozen")
+    fixed = status.findings(hat(chunking={"mode": "fixed"}), replace(CLOUD, metrics=silent), seen)
+    assert fixed["MetricsAvailable"].reason == "ReplicasSilent"
     assert metrics(MetricsSeen(), suspend=True) == ("Unknown", "Suspended")
 
 

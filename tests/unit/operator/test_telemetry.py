@@ -13,10 +13,14 @@ import pytest
 from aiohttp import web
 
 from hat_operator import metrics
+from hat_operator.answers import STALE_S, Report, newest, parse
 from hat_operator.cluster import ClusterError
+from hat_operator.figures import CONTACT
+from hat_operator.policy import CloudTuning, DeviceSeen
 from hat_operator.settings import Settings
 from hat_operator.status import MetricsSeen
-from hat_operator.telemetry import STALE_S, Telemetry, newest, parse
+from hat_operator.telemetry import Telemetry
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.errors import UsageError
 
 
@@ -29,18 +33,59 @@ def device(name: str, age: float, chunk: int) -> dict[str, Any]:
 
 
 def test_the_pod_that_heard_a_device_last_is_right() -> None:
-    first = parse(answer(device("a", 5.0, 64), device("b", 1.0, 64)), 100.0)
-    second = parse(answer(device("a", 2.0, 128), {"name": "b", "seconds_since_contact": 0.0}), 100.0)
+    first = parse(answer(device("a", 5.0, 64), device("b", 1.0, 64)), 100.0).reports
+    second = parse(answer(device("a", 2.0, 128), {"name": "b", "seconds_since_contact": 0.0}), 100.0).reports
     # A contact without figures says nothing: b's stay those of the first pod.
     expected = {"a": {"chunkSize": 128}, "b": {"chunkSize": 64}}
-    assert newest([first, second], 100.0) == expected
-    assert newest([second, first], 100.0) == expected
-    assert newest([first, second], 100.0 + STALE_S - 1.5) == {"b": {"chunkSize": 64}}
+
+    def figures(*reports: list[Report], now: float) -> dict[str, Any]:
+        return {name: report.figures for name, report in newest(reports, now).items()}
+
+    assert figures(first, second, now=100.0) == expected
+    assert figures(second, first, now=100.0) == expected
+    assert figures(first, second, now=100.0 + STALE_S - 1.5) == {"b": {"chunkSize": 64}}
 
 
 def test_rows_that_are_none_are_left_out() -> None:
-    rows = [device("ok", 1.0, 64), device("late", STALE_S + 1, 64), {"name": "x"}, {"name": 7}, None, "a", []]
-    assert [report.device for report in parse(answer(*rows), 0.0)] == ["ok"]
+    rows = [
+        device("ok", 1.0, 64),
+        device("late", STALE_S + 1, 64),
+        {"name": "x"},
+        {"name": 7},
+        device("a b", 1.0, 1),
+        None,
+        "a",
+        [],
+    ]
+    assert [report.device for report in parse(answer(*rows), 0.0).reports] == ["ok"]
+
+
+def test_what_the_loop_needs_is_read() -> None:
+    row = {**device("a", 1.0, 96), "uplink_bytes_per_s": 1e6, "rtt_s": 0.02, "shallow_s_per_token": 5e-5}
+    row |= {"row_bytes": 1152, "acceptance": 0.5, "ttft_s": 1.0}
+    cost = {"fixed_s": 0.03, "per_token_s": 5e-4, "per_pair_s": 1e-7, "per_cached_s": 0.0, "error": 0.1}
+    load = {"wait_s": 0.004, "company_tokens": 3.5, "prompt_rows": 96}
+    said = parse(
+        json.dumps({"devices": [row], "policy_version": 7, "cost": cost, "load": load}).encode(), 0.0
+    )
+    assert said.reports[0].seen == DeviceSeen(1e6, 0.02, 5e-5, 1152.0, 96)
+    assert said.tuning == CloudTuning(PassCost(0.03, 5e-4, 1e-7), 0.004, 3.5, 96)
+    assert said.policy_version == 7
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"cost": None, "load": None, "policy_version": None},
+        {"cost": {"fixed_s": 1}, "load": {"wait_s": -1, "company_tokens": "x"}, "policy_version": -3},
+        {"cost": [], "load": [], "policy_version": True},
+        {"cost": {"per_token_s": float("nan")}, "load": {"prompt_rows": float("inf")}, "policy_version": 1.5},
+    ],
+)
+def test_what_a_pod_does_not_know_or_garbles_is_not_known(more: dict[str, Any]) -> None:
+    said = parse(json.dumps({"devices": [], **more}).encode(), 0.0)
+    assert (said.tuning, said.policy_version) == (CloudTuning(), None)
 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b"{}", b'{"devices": {}}'])
@@ -124,19 +169,25 @@ async def test_ready_pods_are_asked_and_one_that_does_not_answer_costs_its_timeo
         assert sorted(cloud.asked) == ["gone", "long", "moved", "one", "two"]
         assert failed._value.get() == before + 3
         both = {"a": {"chunkSize": 128}, "b": {"chunkSize": 32}}
-        assert telemetry.figures("team-a", "chat") == both
+
+        def shown() -> dict[str, Any]:
+            found = telemetry.figures("team-a", "chat")
+            assert all(figures[CONTACT].endswith("Z") for figures in found.values())
+            return {name: {"chunkSize": figures["chunkSize"]} for name, figures in found.items()}
+
+        assert shown() == both
         assert telemetry.figures("team-b", "chat") == {}
         # A pod that fails keeps what it said; a pod that is gone does not; a list that fails changes nothing.
         del cloud.replies["two"]
         await telemetry.ask_all(session)
-        assert telemetry.figures("team-a", "chat") == both
+        assert shown() == both
         api.away = True
         await telemetry.ask_all(session)
-        assert telemetry.figures("team-a", "chat") == both
+        assert shown() == both
         api.away = False
         api.pods = [pod for pod in api.pods if pod["metadata"]["name"] != "two"]
         await telemetry.ask_all(session)
-        assert telemetry.figures("team-a", "chat") == {"a": {"chunkSize": 64}}
+        assert shown() == {"a": {"chunkSize": 64}}
 
 
 async def test_pods_that_do_not_answer_for_a_while_are_silent(

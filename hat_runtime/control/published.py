@@ -1,0 +1,115 @@
+"""The policy of chunk sizes that an operator publishes and a cloud hands on: its JSON form, and what must hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hat_runtime.errors import UsageError
+from hat_runtime.log import sane_device_name
+
+MAX_BYTES = 1 << 20
+"""Longest JSON text; a ConfigMap holds no more either."""
+MAX_DEVICES = 4096
+MAX_TOKENS = 1 << 16
+MAX_VERSION = 2**53 - 1
+"""What JSON's numbers hold exactly, whoever reads them."""
+_SHOWN = 80
+
+
+class PolicyError(UsageError):
+    """A field of a policy cannot be used: which one, its value, and what it must be."""
+
+    def __init__(self, path: str, value: object, reason: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+        super().__init__(f"{path}: {shown}: {reason}")
+        self.path = path
+        self.shown = shown
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Tokens of a chunk, between the least and the most that may be proposed."""
+
+    chunk_tokens: int
+    min_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class PublishedPolicy:
+    """Chunk sizes by the name of the device (Open.device). Version 0 is none: nothing is proposed."""
+
+    version: int = 0
+    devices: Mapping[str, Proposal] = field(default_factory=dict)
+    default: Proposal | None = None
+    """For devices that are not named, also those without a name."""
+
+    def chunk_for(self, device: str) -> int:
+        """Tokens to propose to a device; 0: nothing."""
+        proposal = self.devices.get(device, self.default)
+        return 0 if proposal is None else proposal.chunk_tokens
+
+    def to_json(self) -> str:
+        """The text that `parse` reads."""
+        content: dict[str, Any] = {
+            "version": self.version,
+            "devices": {name: vars(one) for name, one in sorted(self.devices.items())},
+        }
+        if self.default is not None:
+            content["default"] = vars(self.default)
+        return json.dumps(content, separators=(",", ":"))
+
+
+def parse(text: bytes | str) -> PublishedPolicy:
+    """Read a policy. Fields that are not known are ignored: a later version may have more.
+
+    Raises:
+        PolicyError: names the field and echoes its value; the first that is wrong.
+    """
+    if len(text) > MAX_BYTES:
+        raise PolicyError("policy", f"{len(text)} bytes", f"must be at most {MAX_BYTES} bytes")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        begin = text[:_SHOWN]
+        shown = begin.decode(errors="replace") if isinstance(begin, bytes) else begin
+        raise PolicyError("policy", shown, f"must be JSON: {error}") from None
+    root = _object(content, "policy")
+    devices = _object(root.get("devices", {}), "devices")
+    if len(devices) > MAX_DEVICES:
+        raise PolicyError("devices", f"{len(devices)} devices", f"must be at most {MAX_DEVICES}")
+    for name in devices:
+        if sane_device_name(name) is None:
+            reason = 'must be a name of letters, digits, ".", "_" and "-", at most 253 of them'
+            raise PolicyError("devices", name, reason)
+    default = root.get("default")
+    return PublishedPolicy(
+        version=_number(root, "version", "version", 0, MAX_VERSION),
+        devices={name: _proposal(item, f"devices.{name}") for name, item in devices.items()},
+        default=None if default is None else _proposal(default, "default"),
+    )
+
+
+def _proposal(value: object, path: str) -> Proposal:
+    found = _object(value, path)
+    least = _number(found, "min_tokens", f"{path}.min_tokens", 1, MAX_TOKENS)
+    most = _number(found, "max_tokens", f"{path}.max_tokens", least, MAX_TOKENS)
+    return Proposal(_number(found, "chunk_tokens", f"{path}.chunk_tokens", least, most), least, most)
+
+
+def _object(value: object, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise PolicyError(path, value, "must be an object")
+    return value
+
+
+def _number(found: Mapping[str, Any], key: str, path: str, least: int, most: int) -> int:
+    value = found.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise PolicyError(path, value, f"must be an integer from {least} to {most}")
+    return value
