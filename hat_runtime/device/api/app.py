@@ -23,6 +23,7 @@ from hat_runtime.device.api.middleware import RequestScope
 from hat_runtime.device.api.replies import ChatReply, Reply, TextReply, usage
 from hat_runtime.device.api.schemas import AnswerOptions, ChatRequest, CompletionRequest, parse
 from hat_runtime.device.api.stream import KEEP_ALIVE_S, EventStream
+from hat_runtime.device.text import TokenText
 from hat_runtime.errors import HatError, UsageError
 from hat_runtime.log import request_id
 
@@ -113,7 +114,11 @@ def _openai_routes(api: Api) -> APIRouter:
         except UsageError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from error
         return await _answer(
-            api, request, [prompt], body.options(), ChatReply(api.model_name, served.fingerprint)
+            api,
+            request,
+            [prompt],
+            body.options(),
+            ChatReply(api.model_name, served.fingerprint, body.hat_token_kinds),
         )
 
     @router.post("/completions", response_model=None)
@@ -124,7 +129,11 @@ def _openai_routes(api: Api) -> APIRouter:
         served = _served(api)
         prompts = await asyncio.to_thread(_encode_prompts, served, body.prompt)
         return await _answer(
-            api, request, prompts, body.options(), TextReply(api.model_name, served.fingerprint)
+            api,
+            request,
+            prompts,
+            body.options(),
+            TextReply(api.model_name, served.fingerprint, body.hat_token_kinds),
         )
 
     return router
@@ -184,12 +193,16 @@ async def _answer(
 async def _whole(
     pieces: AsyncGenerator[Piece | None, None], count: int, reply: Reply, answers: Answers
 ) -> dict[str, Any]:
-    texts, reasons = [""] * count, [""] * count
+    tokens: list[list[TokenText]] = [[] for _ in range(count)]
+    reasons = [""] * count
     async for piece in pieces:
         if piece is not None:
-            texts[piece.index] += piece.text
+            tokens[piece.index] += piece.tokens
             reasons[piece.index] = piece.finish_reason or ""
-    choices = [reply.choice(index, texts[index], reasons[index]) for index in range(count)]
+    choices = []
+    for index, parts in enumerate(tokens):
+        text = "".join(part.text for part in parts)
+        choices.append(reply.marked(reply.choice(index, text, reasons[index]), parts))
     return reply.whole(choices, usage(answers.stats()))
 
 
