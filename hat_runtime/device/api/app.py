@@ -1,4 +1,4 @@
-"""The device's HTTP API: OpenAI's chat and text completions, health, readiness, metrics."""
+"""The device's HTTP API: OpenAI's chat and text completions, live figures, a page, health, readiness, metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from hat_runtime import __version__
 from hat_runtime.device.api.answers import Answers, Piece, Served
 from hat_runtime.device.api.errors import RETRY_S, ApiError, echo, from_exception
 from hat_runtime.device.api.gate import Gate
+from hat_runtime.device.api.live import stats_routes
 from hat_runtime.device.api.middleware import RequestScope
+from hat_runtime.device.api.page import page_routes
 from hat_runtime.device.api.replies import ChatReply, Reply, TextReply, usage
 from hat_runtime.device.api.schemas import AnswerOptions, ChatRequest, CompletionRequest, parse
 from hat_runtime.device.api.stream import KEEP_ALIVE_S, EventStream
@@ -56,7 +58,10 @@ def make_app(api: Api) -> ASGIApp:
     app = FastAPI(title="HAT device", version=__version__)
     waiting = Gauge("hat_num_sessions_waiting", "Requests that wait for their turn.", registry=api.registry)
     waiting.set_function(lambda: api.gate.waiting)
-    app.include_router(_openai_routes(api))
+    key = [Depends(_key_check(api))]
+    app.include_router(_openai_routes(api), dependencies=key)
+    app.include_router(stats_routes(api), dependencies=key)
+    app.include_router(page_routes())
     app.include_router(_operations_routes(api))
 
     async def http_error(_: Request, error: Exception) -> Response:
@@ -75,7 +80,7 @@ def make_app(api: Api) -> ASGIApp:
     return RequestScope(app, api.registry)
 
 
-def _openai_routes(api: Api) -> APIRouter:
+def _key_check(api: Api) -> Callable[[Request], Awaitable[None]]:
     async def check_key(request: Request) -> None:
         if not api.api_keys:
             return
@@ -88,7 +93,11 @@ def _openai_routes(api: Api) -> APIRouter:
                 code="invalid_api_key",
             )
 
-    router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+    return check_key
+
+
+def _openai_routes(api: Api) -> APIRouter:
+    router = APIRouter(prefix="/v1")
     card = {"id": api.model_name, "object": "model", "created": api.created, "owned_by": "hat"}
 
     @router.get("/models")
