@@ -106,7 +106,6 @@ def _state(stats: dict[str, Any]) -> Text:
         "" if "drafting" not in stats else "drafting on" if stats["drafting"] else "drafting off",
         "" if rounds is None else f"{rounds:.2f} tokens a round",
         f"{sessions['running']} running, {sessions['waiting']} waiting, {sessions['idle']} kept",
-        f"{stats['answers']} answers" if "answers" in stats else "",
     ]
     return Text.assemble(line, "\n", ", ".join(part for part in parts if part))
 

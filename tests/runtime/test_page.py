@@ -87,7 +87,9 @@ def world(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield World(children, model, draft, folder, link, cloud)
 
 
-def opened(chromium: Browser, world: World, width: int = 1280, height: int = 800) -> Watched:
+def opened(
+    chromium: Browser, world: World, width: int = 1280, height: int = 800, longest: int = 12
+) -> Watched:
     """The page, with the key given to it as a person does."""
     found = watched(chromium, world.url, width, height)
     page = found.page
@@ -97,7 +99,7 @@ def opened(chromium: Browser, world: World, width: int = 1280, height: int = 800
     page.wait_for_selector("#cloud[data-state=ok]")
     expect(page.locator("#key-form")).to_be_hidden()
     page.click("summary")
-    page.fill("#max-tokens", "40")
+    page.fill("#max-tokens", str(longest))
     page.click("summary")
     assert all(
         "401" in text for text in found.complaints
@@ -121,7 +123,7 @@ def points(page: Page) -> dict[str, int]:
 
 
 def test_an_answer_streams_and_its_marks_match_the_counters(chromium: Browser, world: World) -> None:
-    found = opened(chromium, world)
+    found = opened(chromium, world, longest=40)
     page = found.page
     lengths = page.evaluate(
         """() => { window.lengths = [];
