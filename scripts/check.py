@@ -39,6 +39,7 @@ TOOLS = (
     *("etcd", "kube-apiserver", "kube-controller-manager", "kubectl", "helm"),
     *("kube-scheduler", "kwok"),  # fleets of fake nodes
     *("kubelet", "kube-proxy", "coredns"),  # real nodes
+    *("prometheus", "promtool"),
 )
 
 CHECKS = (

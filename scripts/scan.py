@@ -26,7 +26,10 @@ FOLDER = ROOT / "scripts" / "checkov"
 CHART = ROOT / "charts" / "hat-operator"
 SITE = ROOT / "examples" / "hat-site.yaml"
 CHARTS = {
-    "chart-cluster": ("--set", "replicas=2", "--set", "metrics.podMonitor=enabled"),
+    "chart-cluster": (
+        *("--set", "replicas=2", "--set", "metrics.podMonitor=enabled"),
+        *("--set", "alerts.prometheusRule=enabled"),
+    ),
     "chart-namespaces": ("--set", "namespaces={team-a,team-b}"),
 }
 NAMESPACE = "team-a"

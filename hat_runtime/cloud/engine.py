@@ -357,7 +357,8 @@ class Engine:
         self._events.append((session, done))
 
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
-        self._pacing.saw_pass(passes, forward_s, total_s)
+        predicted_s = self._pacing.saw_pass(passes, forward_s, total_s)
+        self._metrics.saw_cost(predicted_s, self.cost.fit())
         self._metrics.forward_seconds.inc(forward_s)
         self._metrics.engine_seconds.inc(total_s)
         self._metrics.step_seconds.observe(total_s)

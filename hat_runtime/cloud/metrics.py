@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from hat_runtime.control.pass_cost import PassCost
+
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RATES = (1e4, 1e5, 5e5, 1e6, 2e6, 5e6, 1e7, 2e7, 5e7, 1e8)
@@ -19,8 +21,8 @@ class CloudMetrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"hat_{name}", text, labels, registry=registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"hat_{name}", text, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"hat_{name}", text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"hat_{name}", text, buckets=buckets, registry=registry)
@@ -33,6 +35,10 @@ class CloudMetrics:
         )
         self.kv_usage = gauge("kv_cache_usage_ratio", "Share of the KV pages that sessions own, 0 to 1")
         self.step_seconds = histogram("cloud_step_seconds", "Duration of an engine pass", SECONDS)
+        self.predicted_seconds = counter(
+            "cloud_step_predicted_seconds", "What passes were to take by the cost model as it was before each"
+        )
+        self.cost = gauge("cloud_cost_seconds", "The cost model's terms, in seconds for one of each", "term")
         self.queue_seconds = histogram(
             "cloud_queue_seconds", "From a Step's arrival to its first pass", SECONDS
         )
@@ -58,3 +64,12 @@ class CloudMetrics:
         )
         self.device_rtt = histogram("link_rtt_seconds", "Round-trip time that devices report", SECONDS)
         self.device_ttft = histogram("time_to_first_token_seconds", "TTFT that devices report", SECONDS)
+
+    def saw_cost(self, predicted_s: float | None, cost: PassCost | None) -> None:
+        """Show what the cost model expected of a pass, in seconds, and the model; None where there is none yet."""
+        self.predicted_seconds.inc(predicted_s or 0.0)
+        if cost is not None:
+            self.cost.labels("fixed").set(cost.fixed_s)
+            self.cost.labels("per_token").set(cost.per_token_s)
+            self.cost.labels("per_pair").set(cost.per_pair_s)
+            self.cost.labels("per_cached").set(cost.per_cached_s)

@@ -29,19 +29,25 @@ class Pacing:
         self.cost = CostFit()
         """What a pass costs, as seen lately."""
 
-    def saw_pass(self, passes: Sequence[Planned], forward_s: float, total_s: float) -> None:
+    def saw_pass(self, passes: Sequence[Planned], forward_s: float, total_s: float) -> float | None:
         """A pass is over.
 
         Args:
             passes: what ran.
             forward_s: seconds inside the layers.
             total_s: seconds of the whole pass.
+
+        Returns:
+            The seconds that the cost model expected of the whole pass; None if there was no model yet.
         """
         totals = [planned.start + planned.rows for planned in passes]
         pairs = sum(planned.rows * total for planned, total in zip(passes, totals, strict=True))
-        self.cost.observe(sum(planned.rows for planned in passes), pairs, total_s, sum(totals))
+        rows, cached = sum(planned.rows for planned in passes), sum(totals)
+        predicted_s = self.cost.predicted_s(rows, pairs, cached)
+        self.cost.observe(rows, pairs, total_s, cached)
         if not any(self._config.is_prompt(planned.pieces[0].work) for planned in passes):
             self._short_pass_s = forward_s
+        return predicted_s
 
     def wait_s(self, sessions: Collection[Session], now: float) -> float:
         """How long to wait for sessions that are about to return, where that pays; else 0.

@@ -77,6 +77,12 @@ class CostFit:
         """The cost, or None while the passes seen are too few, or all of one size."""
         return self._fit
 
+    def predicted_s(self, new: int, pairs: float, cached: float = 0.0) -> float | None:
+        """What the fit says of a pass, in seconds; arguments as in `observe`. None while there is no fit."""
+        if self._fit is None:
+            return None
+        return self._predicted(self._fit, np.array([1.0, new, pairs, cached]) / _UNITS)
+
     @staticmethod
     def _predicted(fit: PassCost, terms: NDArray[np.float64]) -> float:
         costs = np.array([fit.fixed_s, fit.per_token_s, fit.per_pair_s, fit.per_cached_s])

@@ -78,6 +78,11 @@ class Acceptance:
         """Share of accepted drafts, 0 to 1; 0 until there were any."""
         return self._accepted / self._drafted if self._drafted else 0.0
 
+    @property
+    def known(self) -> bool:
+        """Whether there were any."""
+        return self._drafted > 0
+
     def add(self, accepted: int, drafted: int) -> None:
         """A round's drafts: `drafted` of them, of which the first `accepted` were right."""
         past = _KEEP_DRAFT**drafted

@@ -183,6 +183,7 @@ class CloudLink:
             sent_bytes, submitted_s, time.monotonic(), queue_s + compute_s, alone=alone, chunk=chunk
         )
         self.metrics.link_rtt.set(self.estimate.rtt_s)
+        self.metrics.link_uplink.set(self.estimate.uplink_bytes_per_s)
 
     def saw_drafts(self, accepted: int, drafted: int) -> None:
         """Note how many of a round's drafts the target agreed with (called by the answers)."""

@@ -87,6 +87,11 @@ class DeviceMetrics:
             "Round-trip time of a small Step without the cloud's work.",
             registry=registry,
         )
+        self.link_uplink = Gauge(
+            "hat_link_uplink_bytes_per_second",
+            "Uplink rate, as prompt chunks told it; 0 until one did.",
+            registry=registry,
+        )
         self.predicted_ttft = Gauge(
             "hat_predicted_time_to_first_token_seconds",
             "What the latest prompt's time to the first token was expected to be; NaN where too little was known.",

@@ -27,6 +27,9 @@ API_CACHE_S = 300.0
 _MERGE = "application/merge-patch+json"
 _APPLY = "application/apply-patch+yaml"
 _REASONS = {401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 422: "Invalid"}
+for _reason in (*_REASONS.values(), "Unreachable", "RequestFailed"):
+    # From 0 on, so that the first one is an increase.
+    metrics.REQUEST_ERRORS.labels(_reason)
 
 Object = dict[str, Any]
 

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 from dataclasses import dataclass
 
+from hat_operator.certificates import earliest_end
 from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.kinds import SECRET
 from hat_operator.kubeconfig import KubeconfigError, client_from_kubeconfig
@@ -41,6 +42,7 @@ class EdgeClusters:
     def __init__(self, home: Cluster) -> None:
         self._home = home
         self._clients: dict[_Key, tuple[str, Cluster]] = {}
+        self._ends: dict[_Key, float | None] = {}
 
     async def get(self, namespace: str, ref: ClusterRef) -> Cluster:
         """The cluster that a HatDeployment of this namespace names.
@@ -57,7 +59,7 @@ class EdgeClusters:
                 text = f"the operator may not read the Secret {secret.name!r}"
                 raise EdgeUnreachable("Forbidden", text) from None
             raise
-        key = _Key(namespace, secret.name, secret.key, ref.context)
+        key = _key(namespace, ref)
         if found is None:
             self._clients.pop(key, None)
             raise EdgeUnreachable("SecretNotFound", f"there is no Secret {secret.name!r} in {namespace!r}")
@@ -75,11 +77,20 @@ class EdgeClusters:
             text = base64.b64decode(content).decode()
             identity = hashlib.sha256(f"{ref.context}\n{text}".encode()).hexdigest()
             cluster = Cluster(client_from_kubeconfig(text, ref.context), identity=identity)
+            self._ends[key] = earliest_end(text, ref.context)
         except (KubeconfigError, binascii.Error, UnicodeDecodeError) as error:
             detail = str(error) if isinstance(error, KubeconfigError) else "is not text"
             raise EdgeUnreachable("KubeconfigInvalid", f"Secret {secret.name!r}: {detail}") from None
         self._clients[key] = (version, cluster)
         return cluster
+
+    def certificate_end(self, namespace: str, ref: ClusterRef) -> float | None:
+        """When the kubeconfig that `get` read last ends (certificates.earliest_end); None: nothing says so."""
+        return self._ends.get(_key(namespace, ref))
+
+
+def _key(namespace: str, ref: ClusterRef) -> _Key:
+    return _Key(namespace, ref.kubeconfig.name, ref.kubeconfig.key, ref.context)
 
 
 def unreachable(error: ClusterError) -> EdgeUnreachable | None:

@@ -12,6 +12,9 @@ RECONCILE_SECONDS = Histogram(
     ["result"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
+for _result in ("ok", "conflict", "error", "bug"):
+    # From 0 on, so that the first one is an increase.
+    RECONCILE_SECONDS.labels(_result)
 WRITES = Counter(
     "hat_operator_writes_total",
     "Writes to a cluster, by verb and kind; still in a steady state.",
@@ -28,6 +31,9 @@ DEVICE_POLLS = Counter(
 POLICY_PUSHES = Counter(
     "hat_operator_policy_pushes_total", "Chunk policies sent to pods of the cloud, by result.", ["result"]
 )
+for _result in ("ok", "failed"):
+    DEVICE_POLLS.labels(_result)
+    POLICY_PUSHES.labels(_result)
 POLICY_CHANGES = Counter(
     "hat_operator_policy_changes_total", "New chunk policies of a HatDeployment.", ["namespace", "name"]
 )

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hat_operator import devices, events, names, refusals, rollout, sites, status
+from hat_operator import devices, events, gauges, names, refusals, rollout, sites, status
 from hat_operator.children import Children, key_of
 from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
@@ -193,6 +193,7 @@ class Reconciler:
             return _Site()
         try:
             if edge.cluster is None:
+                gauges.set_certificate_end(hat.namespace, hat.name, None)
                 children = local
             else:
                 cluster = await self._edge_cluster(hat, edge.cluster)
@@ -220,6 +221,7 @@ class Reconciler:
             if self._watches is not None:
                 self._watches.drop(user)
             raise
+        gauges.set_certificate_end(*user, self._edges.certificate_end(hat.namespace, ref))
         if self._watches is not None:
             self._watches.use(user, cluster, ref.namespace)
         return cluster
@@ -229,6 +231,7 @@ class Reconciler:
         if self._loop is not None:
             self._loop.forget(namespace, name)
         self._sites.forget(namespace, name)
+        gauges.forget(namespace, name)
         if self._watches is not None:
             self._watches.drop((namespace, name))
 
@@ -248,6 +251,7 @@ class Reconciler:
             # Devices that were in this cluster before, or no devices any more.
             await local.prune(())
         if edge is None:
+            gauges.forget(hat.namespace, hat.name)
             return EdgeSeen()
         if site.children is None:
             return EdgeSeen(unreachable=site.away)
@@ -268,6 +272,7 @@ class Reconciler:
         if site.pods is not None:
             rows = body.get("status", {}).get("devices", ())
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
+            gauges.set_devices(hat.namespace, hat.name, fleet.phases)
         return EdgeSeen(fleet, updated, problem=problem, refused=site.refused)
 
     def _with_figures(

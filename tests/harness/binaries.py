@@ -1,4 +1,5 @@
-"""The programs of a Kubernetes control plane, found on this machine or built from their Go modules.
+"""The programs of a Kubernetes control plane, and Prometheus: found on this machine, built from their Go modules or
+taken out of Debian's packages.
 
 `python -m tests.harness.binaries [NAME ...]` gets them in advance: a first build takes minutes, longer than a test may.
 Built programs lie in $HAT_KUBE_CACHE (~/.cache/hat/kube), in a folder named after their version.
@@ -24,7 +25,8 @@ KUBERNETES = "v1.34.2"
 HELM = "v4.2.4"
 KWOK = "v0.8.0"
 COREDNS = "v1.14.2"
-ETCD_PACKAGE = "etcd-server"
+PACKAGES = {"etcd": "etcd-server", "prometheus": "prometheus", "promtool": "prometheus"}
+"""Debian's, by program."""
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
 NODE = ("kube-scheduler", "kubelet", "kube-proxy", "coredns")
 BUILT_WITH_KUBERNETES = (
@@ -54,14 +56,14 @@ def cache_folder() -> Path:
 
 
 def find(name: str, say: Say = say_on_stderr) -> Path:
-    """Path of the program `name`: one of CONTROL_PLANE or NODE, helm or kwok. Builds or unpacks it if need be.
+    """Path of the program `name`: of CONTROL_PLANE, NODE or PACKAGES, helm or kwok. Builds or unpacks it if need be.
 
     KUBEBUILDER_ASSETS, the convention of controller-runtime's envtest, comes first. Raises MissingProgramError.
     """
     if asset := _asset(name):
         return asset
-    if name == "etcd":
-        return _etcd(say)
+    if name in PACKAGES:
+        return _packaged(name, say)
     if name == "helm":
         return _on_path("helm", r"v(\d+)\.", range(3, 5), "version", "--short") or _helm(say)
     if name == "kwok":
@@ -70,7 +72,8 @@ def find(name: str, say: Say = say_on_stderr) -> Path:
         return _built(COREDNS, name, say, lambda target: gobuild.coredns(COREDNS, target))
     if name not in BUILT_WITH_KUBERNETES:
         raise ValueError(
-            f"find: no program is called {name!r}; there are: {', '.join((*CONTROL_PLANE, *NODE, 'helm', 'kwok'))}"
+            f"find: no program is called {name!r}; there are: "
+            + ", ".join((*CONTROL_PLANE, *NODE, "helm", "kwok", "prometheus", "promtool"))
         )
     version = _kubernetes_version()
     if name == "kubectl":
@@ -121,28 +124,29 @@ def _helm(say: Say) -> Path:
     return _built(HELM, "helm", say, lambda target: gobuild.helm(HELM, target))
 
 
-def _etcd(say: Say) -> Path:
-    if path := shutil.which("etcd"):
-        return Path(path)
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+def _packaged(name: str, say: Say) -> Path:
+    if found := shutil.which(name):
+        return Path(found)
+    path = cache_folder() / "debian" / name
+    if not path.is_file() and (os.geteuid() != 0 or shutil.which("apt-get") is None):
         raise MissingProgramError(
-            f"etcd is not on PATH (install {ETCD_PACKAGE}; root on Debian or Ubuntu gets it by itself)"
+            f"{name} is not on PATH (install {PACKAGES[name]}; root on Debian or Ubuntu gets it by itself)"
         )
-    return _built("debian", "etcd", say, _unpack_etcd)
+    return _built("debian", name, say, lambda target: _unpack(PACKAGES[name], name, target))
 
 
-def _unpack_etcd(target: Path) -> None:
-    """Takes etcd out of Debian's package without installing it: that would start a service of the machine."""
+def _unpack(package: str, name: str, target: Path) -> None:
+    """Takes a program out of Debian's package without installing it: that would start a service of the machine."""
     with tempfile.TemporaryDirectory() as folder:
         # apt fetches as its own user, which has to be able to write here.
         Path(folder).chmod(0o777)
-        command = ["apt-get", "-qq", "download", ETCD_PACKAGE]
+        command = ["apt-get", "-qq", "download", package]
         if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
             gobuild.run(["apt-get", "-qq", "update"], Path(folder))
             gobuild.run(command, Path(folder))
-        package = next(Path(folder).glob(f"{ETCD_PACKAGE}_*.deb"))
-        gobuild.run(["dpkg-deb", "-x", str(package), "root"], Path(folder))
-        shutil.copy2(Path(folder, "root/usr/bin/etcd"), target)
+        archive = next(Path(folder).glob(f"{package}_*.deb"))
+        gobuild.run(["dpkg-deb", "-x", str(archive), "root"], Path(folder))
+        shutil.copy2(Path(folder, "root/usr/bin", name), target)
 
 
 def _built(version: str, name: str, say: Say, build: Callable[[Path], None]) -> Path:

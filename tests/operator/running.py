@@ -45,7 +45,7 @@ class Operator:
         self, plane: ControlPlane, namespace: str, folder: Path, resync_s: float = 1, pod: str = "one"
     ) -> None:
         """Starts it; its log is in `folder`."""
-        self.port = free_port()
+        self.port, self.metrics_port = free_port(), free_port()
         self.log = folder / f"{pod}.log"
         environment = {
             **os.environ,
@@ -54,7 +54,7 @@ class Operator:
             "HAT_OPERATOR_POD_NAMESPACE": namespace,
             "HAT_OPERATOR_POD_NAME": pod,
             "HAT_OPERATOR_RESYNC_SECONDS": f"{resync_s:g}",
-            "HAT_OPERATOR_METRICS_PORT": str(free_port()),
+            "HAT_OPERATOR_METRICS_PORT": str(self.metrics_port),
             "HAT_OPERATOR_HEALTH_PORT": str(self.port),
         }
         command = [sys.executable, "-c", "from hat_operator.main import main; main()"]

@@ -106,3 +106,14 @@ def test_the_most_that_fits_into_a_time_does(
     if most > 0:
         assert cost.seconds(most, total) <= seconds * (1 + 1e-6)
         assert cost.seconds(most + 2, total) > seconds
+
+
+def test_predicts_a_pass_over_several_texts() -> None:
+    rng, cost = random.Random(5), PassCost(0.02, 1e-3, 1e-7)
+    fit = CostFit()
+    assert fit.predicted_s(8, 8 * 512) is None
+    observe(fit, cost, 100, rng)
+    # Two texts in one pass share the fixed part.
+    both = cost.seconds(64, 1024) + cost.seconds(8, 512) - cost.fixed_s
+    predicted = fit.predicted_s(64 + 8, 64 * 1024 + 8 * 512)
+    assert predicted == pytest.approx(both, rel=0.1)

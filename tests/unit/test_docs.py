@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 
+from hat_operator import gauges
+from hat_operator import metrics as operator_metrics
 from hat_runtime.cli.main import build_parser
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.device.metrics import DeviceMetrics
@@ -40,6 +42,18 @@ def test_every_metric_is_documented(metrics: type[CloudMetrics] | type[DeviceMet
         family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         for family in registry.collect()
     }
+    assert exported - documented_metrics() == set()
+
+
+def test_every_metric_of_the_operator_is_documented() -> None:
+    assert gauges.DEVICES
+    assert operator_metrics.WRITES
+    exported = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in REGISTRY.collect()
+        if family.name.startswith("hat_operator_")
+    }
+    assert len(exported) > 8
     assert exported - documented_metrics() == set()
 
 

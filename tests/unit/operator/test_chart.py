@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from scripts.chart_crd import SOURCE, TARGET, template
-from tests.harness import binaries
+from tests.harness import binaries, boards
 from tests.harness.ci import skip_or_fail
 
 CHART = Path(__file__).resolve().parents[3] / "charts" / "hat-operator"
@@ -247,6 +247,49 @@ def test_pod_monitor(helm: Path, setting: str, has_api: bool, expected: int) -> 
     assert len(of_kind(objects, "PodMonitor")) == expected
 
 
+@pytest.mark.parametrize(
+    ("setting", "has_api", "expected"),
+    [("auto", False, 0), ("auto", True, 1), ("enabled", False, 1), ("disabled", True, 0)],
+)
+def test_prometheus_rule(helm: Path, setting: str, has_api: bool, expected: int) -> None:
+    api = ("--api-versions", "monitoring.coreos.com/v1/PrometheusRule") if has_api else ()
+    objects = render(helm, "--set", f"alerts.prometheusRule={setting}", *api)
+    assert len(of_kind(objects, "PrometheusRule")) == expected
+
+
+def test_prometheus_rule_is_the_file_with_the_targets_and_the_base_of_pages(helm: Path) -> None:
+    wanted = ("--set", "alerts.prometheusRule=enabled")
+    (rule,) = of_kind(render(helm, *wanted), "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(boards.RULES.read_text())
+    changes = (
+        "alerts.ttftSeconds=0.8",
+        "alerts.tbtSeconds=1",
+        "alerts.runbookBaseUrl=https://example.com/pages/",
+    )
+    settings = [word for change in changes for word in ("--set", change)]
+    (rule,) = of_kind(render(helm, *wanted, *settings, "--set", "alerts.labels.release=x"), "PrometheusRule")
+    assert rule["metadata"]["labels"]["release"] == "x"
+    rules = [one for group in rule["spec"]["groups"] for one in group["rules"]]
+    assert [one["expr"] for one in rules if one.get("record", "").endswith(":target")] == [
+        "vector(0.8)",
+        "vector(1)",
+    ]
+    urls = {one["annotations"]["runbook_url"] for one in rules if "alert" in one}
+    assert urls == {f"https://example.com/pages/{alert}.md" for alert in boards.alerts()}
+
+
+def test_dashboards(helm: Path) -> None:
+    found = of_kind(render(helm, "--set", "dashboards.annotations.grafana_folder=HAT"), "ConfigMap")
+    assert {key: text + "\n" for one in found for key, text in one["data"].items()} == {
+        path.name: path.read_text() for path in boards.FOLDER.iterdir()
+    }
+    for one in found:
+        assert one["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert one["metadata"]["annotations"] == {"grafana_folder": "HAT"}
+    assert len({one["metadata"]["name"] for one in found}) == len(boards.BOARDS)
+    assert not of_kind(render(helm, "--set", "dashboards.enabled=false"), "ConfigMap")
+
+
 def test_disruption_budget_for_two(helm: Path) -> None:
     assert not of_kind(render(helm), "PodDisruptionBudget")
     assert of_kind(render(helm, "--set", "replicas=2"), "PodDisruptionBudget")
@@ -260,7 +303,18 @@ def test_crd_is_kept(helm: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["replica=2", "replicas=3", "image.tagg=x", "metrics.podMonitor=yes", "namespaces={A}"]
+    "wrong",
+    [
+        "replica=2",
+        "replicas=3",
+        "image.tagg=x",
+        "metrics.podMonitor=yes",
+        "namespaces={A}",
+        "alerts.ttftSeconds=0",
+        "alerts.tbtSeconds=0.0",
+        "alerts.prometheusRule=true",
+        "dashboards.enabled=1",
+    ],
 )
 def test_wrong_values_are_refused(helm: Path, wrong: str) -> None:
     done = run_helm(helm, "--set", wrong)
