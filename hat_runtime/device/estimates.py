@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hat_runtime.control.drafting import average
+from hat_runtime.control.drafting import PAST, average
 
 _KEEP_DRAFT = 0.99
 """Weight that a draft loses with each later one: the last hundred or so count."""
 
 _SMALL_BYTES = 16 * 1024
 """A chunk of more bytes than these tells the rate."""
+
+JITTER = 0.25
+"""Part of the round-trip time that it may vary by."""
+TRUSTED = 0.5
+FAR = 2.0
+"""A rate that is so many times larger or smaller than the usual one is another link's, if it comes twice."""
 
 
 @dataclass
@@ -24,6 +30,8 @@ class LinkEstimate:
     uplink_bytes_per_s: float = 0.0
     _delivered_s: float = 0.0
     """When the link had delivered the Step before, half a round trip earlier."""
+    _far: int = 0
+    """Whether the last rate was far above (1) or below (-1) the usual one."""
 
     def add(
         self,
@@ -63,7 +71,19 @@ class LinkEstimate:
         took_s = delivered_s - max(submitted_s, self._delivered_s)
         self._delivered_s = max(self._delivered_s, delivered_s)
         if took_s > 0:
-            self.uplink_bytes_per_s = average(self.uplink_bytes_per_s, sent_bytes / took_s)
+            self._saw_rate(sent_bytes / took_s, took_s / (took_s + JITTER * self.rtt_s))
+
+    def _saw_rate(self, rate: float, trust: float) -> None:
+        """One chunk's rate; `trust`, 0 to 1: less where the chunk took no longer than round trips differ by."""
+        far = 0
+        if trust >= TRUSTED and self.uplink_bytes_per_s:
+            ratio = rate / self.uplink_bytes_per_s
+            far = (ratio > FAR) - (ratio < 1 / FAR)
+        if far and far == self._far:  # twice: another link, whose past tells nothing
+            self.uplink_bytes_per_s, self._far = rate, 0
+            return
+        self._far = far
+        self.uplink_bytes_per_s = average(self.uplink_bytes_per_s, rate, 1 - (1 - PAST) * trust)
 
 
 @dataclass
