@@ -20,6 +20,8 @@ TRUSTED = 3.0
 """An observation that is further away than so many usual distances counts as if it were that far (Huber)."""
 REFIT = 16
 """Observations between two fits."""
+ALIKE = 0.95
+"""Squared cosine of two terms over the passes seen, from which on they are not told apart."""
 FEWEST = 4
 """Observations before anything is said."""
 _UNITS = np.array([1.0, 128.0, 128.0 * 1024.0, 1024.0])
@@ -94,8 +96,10 @@ class CostFit:
         gram = np.sum([gram for gram, _ in self._kinds.values()], axis=0)
         moment = np.sum([moment for _, moment in self._kinds.values()], axis=0)
         best, least = None, np.inf
+        # Texts of one length cannot tell what longer ones cost: then all is put down to the simpler term.
+        told = [0, 1, *(term for term, simpler in ((2, 1), (3, 0)) if not _alike(gram, term, simpler))]
         # Few terms: all subsets are tried, and the best one without a negative cost is kept.
-        subsets = (itertools.combinations(range(_TERMS), n) for n in range(1, _TERMS + 1))
+        subsets = (itertools.combinations(told, n) for n in range(1, len(told) + 1))
         for kept in map(list, itertools.chain.from_iterable(subsets)):
             index = np.ix_(kept, kept)
             if np.linalg.cond(gram[index]) > 1e10:
@@ -112,3 +116,8 @@ class CostFit:
             return self._fit
         fixed, per_token, per_pair, per_cached = (best / _UNITS).tolist()
         return PassCost(fixed, per_token, per_pair, per_cached, self._error)
+
+
+def _alike(gram: NDArray[np.float64], term: int, simpler: int) -> bool:
+    """Whether a term has been nearly a multiple of a simpler one in all passes."""
+    return bool(gram[term, simpler] ** 2 > ALIKE * gram[term, term] * gram[simpler, simpler])

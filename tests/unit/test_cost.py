@@ -53,6 +53,19 @@ def test_does_not_guess_from_passes_of_one_size() -> None:
     assert fit.fit() is None
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_short_texts_are_not_taken_for_what_long_ones_cost(seed: int) -> None:
+    """Noise of texts of 50 to 64 tokens could be put down to pairs, and a text of 1,000 would look dear."""
+    rng, cost, fit = random.Random(seed), PassCost(0.1, 2e-3), CostFit()
+    for _ in range(60):
+        prompt = rng.randrange(50, 64)
+        for new, total in ((prompt, prompt), (1, prompt + 2), (4, prompt + 8)):
+            fit.observe(new, new * total, cost.seconds(new, total) * rng.uniform(0.6, 2.5), total)
+    found = fit.fit()
+    assert found is not None
+    assert found.seconds(512, 1024) < 3 * cost.seconds(512, 1024)
+
+
 def test_passes_of_one_size_do_not_make_it_forget_the_others() -> None:
     rng, cost = random.Random(4), PassCost(0.02, 1e-3)
     fit = CostFit()
