@@ -40,6 +40,7 @@ class Guesses(ABC):
     def scripted_drafts(self) -> int | None:
         """Drafts of the next round; None: that is for the device to decide."""
 
+    @abstractmethod
     def round_over(self) -> None:
         """The drafts of a round were judged."""
 
@@ -57,6 +58,9 @@ class DrawnGuesses(Guesses):
         """See Guesses."""
         confidence = self._rng.betavariate(self._a, self._b)
         return Draft(RIGHT if self._rng.random() < confidence else WRONG, confidence, SOURCE)
+
+    def round_over(self) -> None:
+        """See Guesses; a draft knows nothing of those before it."""
 
 
 class RecordedGuesses(Guesses):

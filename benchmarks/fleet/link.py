@@ -10,7 +10,7 @@ from hat_runtime.wire.frames import MAX_FRAME_BYTES
 
 
 class Direction:
-    """Messages one after the other, as in hat_runtime.emulation.proxy: departure = max(now, next free) + bytes / rate."""
+    """Messages one after the other, as on the emulated link: departure = max(now, next free) + bytes / rate."""
 
     def __init__(self, events: Events, bytes_per_s: float, delay_s: float) -> None:
         """Make an idle one.

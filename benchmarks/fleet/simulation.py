@@ -58,6 +58,22 @@ class Outcome:
     rows_a_pass: float = 0.0
     passes: int = 0
 
+    def __add__(self, other: Outcome) -> Outcome:
+        """Both runs together, as if of two parts of one fleet that have no pod in common."""
+        return Outcome(
+            self.records + other.records,
+            self.requests + other.requests,
+            self.ended + other.ended,
+            self.tokens + other.tokens,
+            self.failed + other.failed,
+            self.evictions + other.evictions,
+            self.overloaded or other.overloaded,
+            (self.busy + other.busy) / 2,
+            (self.rows_a_pass * self.passes + other.rows_a_pass * other.passes)
+            / max(1, self.passes + other.passes),
+            self.passes + other.passes,
+        )
+
     @property
     def ttft(self) -> Percentiles:
         """Times to the first token."""
