@@ -103,15 +103,15 @@ def _fleets(args: argparse.Namespace) -> str:
 
 def _about(args: argparse.Namespace) -> str:
     return f"""
-Nothing here was measured on a fleet: it is a discrete-event simulation with the product's own scheduler, chunk sizes and
-drafting over published costs of the paper's hardware (benchmarks/fleet/costs.py names each source). 20 Xavier and 10
-Orin, uplinks of 5 to 10 MB/s and downlinks of 10 to 15 MB/s, round trip 4 ms, answers of 128 tokens, {args.warm:g} s
-before {args.seconds:g} s that count. The paper's server is taken as {PAPER_GPUS} pods with an A6000 each, which a device
-belongs to one of; the paper ran one pipeline over them. A draft's confidence is drawn, and it is right that often; the
-mean is such that the paper's rule gives its {VICUNA_7B.tokens_a_round} tokens a round (7B; 13B {VICUNA_13B.tokens_a_round}).
-TBT: a round's time over its tokens. U-Medusa is not simulated. "to U-shape" compares means. Larger fleets: {args.sample}
-pods of each are simulated, which is exact but for chance, because a session stays on its pod; "answers' TBT" is the mean
-of an answer.
+Nothing here was measured on a fleet: it is a discrete-event simulation with the product's own scheduler, chunk sizes
+and drafting over published costs of the paper's hardware (benchmarks/fleet/costs.py names each source). 20 Xavier and
+10 Orin, uplinks of 5 to 10 MB/s and downlinks of 10 to 15 MB/s, round trip 4 ms, answers of 128 tokens, {args.warm:g} s
+before {args.seconds:g} s that count. The paper's server is taken as {PAPER_GPUS} pods with an A6000 each, to one of
+which a device belongs; the paper ran one pipeline over them. A draft's confidence is drawn, and it is right that often;
+the mean is such that the paper's rule gives its tokens a round ({VICUNA_7B.tokens_a_round} with 7B,
+{VICUNA_13B.tokens_a_round} with 13B). TBT: a round's time over its tokens. U-Medusa is not simulated. "to U-shape"
+compares means. Larger fleets: {args.sample} pods of each are simulated, which is exact but for chance: a session
+stays on its pod. "answers' TBT" is the mean of an answer.
 """
 
 
@@ -127,6 +127,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="of --check; default: the default model")
     parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="of --check; default: Spec-Bench")
     parser.add_argument("--answers", type=int, default=6, metavar="N", help="of a device, of --check")
+    parser.add_argument(
+        "--drafter", default="auto", help="of --check, as for `hat device serve` (default auto)"
+    )
+    parser.add_argument("--input-layers", type=int, default=3, metavar="M", help="of --check")
     parser.add_argument("--json", action="store_true", help="of --check: print the figures as JSON")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="default docs/benchmarks/simulation.md")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common import table
+
 from fleet.device import Way
 from fleet.planning import Need, Target
 from fleet.simulation import Outcome, Percentiles
@@ -19,8 +20,8 @@ PAPER: dict[tuple[str, float, str], tuple[float | None, float | None]] = {
     ("CNN/DM", 4, "chunks of 128"): (1038.7, 74.2),
     ("CNN/DM", 4, "HAT, balance"): (1027.4, 43.5),
 }
-"""(data set, requests a second, way) -> (TTFT, TBT) in ms, arXiv 2503.18989: TTFT of U-shape, U-Sarathi and HAT from its
-comparison, all else from its ablation, whose request rate is not known."""
+"""(data set, requests a second, way) -> (TTFT, TBT) in ms, arXiv 2503.18989: TTFT of U-shape, U-Sarathi and HAT from
+its comparison, all else from its ablation, whose request rate is not known."""
 TIMES = ("mean", "50 %", "95 %", "99 %")
 
 
@@ -57,17 +58,17 @@ def needed(target: Target, rows: Sequence[tuple[Way, int, Sequence[Need]]]) -> s
     for way, per_pod, needs in rows:
         if not per_pod:
             lines.append([way.name, 0, *["no number is enough"] * 4])
-        for need in needs:
-            lines.append(
-                [
-                    way.name,
-                    per_pod,
-                    f"{need.devices:,}",
-                    need.pods,
-                    _ms(need.outcome.ttft),
-                    _ms(need.outcome.answer_tbt),
-                ]
-            )
+        lines += [
+            [
+                way.name,
+                per_pod,
+                f"{need.devices:,}",
+                need.pods,
+                _ms(need.outcome.ttft),
+                _ms(need.outcome.answer_tbt),
+            ]
+            for need in needs
+        ]
     columns = ["way", "devices a pod serves", "fleet", "pods"]
     columns += [f"TTFT ms ({' / '.join(TIMES)})", f"answers' TBT ms ({' / '.join(TIMES)})"]
     limits = f"{target.ttft_s:g} s to the first token, {target.tbt_s * 1e3:g} ms between tokens"
