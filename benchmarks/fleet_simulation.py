@@ -22,7 +22,7 @@ from fleet.costs import VICUNA_7B, VICUNA_13B
 from fleet.planning import Load, Need, Target, most, pods_needed
 from fleet.simulation import PaperFleet
 from fleet.tables import compared, needed
-from fleet.ways import FLEET_WAYS, PAPER_WAYS
+from fleet.ways import FLEET_WAYS, HAT, PAPER_WAYS, U_SHAPE
 from fleet.workload import CNN_DM, SPEC_BENCH
 
 from hat_runtime.errors import HatError
@@ -32,9 +32,9 @@ RATES = ((VICUNA_7B, SPEC_BENCH, (4.0, 6.0, 8.0)), (VICUNA_13B, CNN_DM, (4.0,)))
 FLEETS = (1_000, 10_000)
 PER_DEVICE_S = 1 / 60
 TARGETS = (Target(2.0, 0.080), Target(2.0, 0.120))
-SAMPLE = 3
+SAMPLE = 2
 """Pods of a fleet that are simulated."""
-FEWEST, MOST, STEP = 10, 640, 8
+FEWEST, MOST, STEP = 10, 640, 12
 """Devices of a pod that are tried."""
 
 
@@ -59,13 +59,13 @@ def main() -> int:
 def _paper(args: argparse.Namespace) -> str:
     """30 devices, all ways."""
     parts = [f"## {PAPER_DEVICES} devices, as in the paper"]
-    for model, lengths, rates in RATES:
-        for rate in rates[: 1 if args.short else None]:
+    for model, lengths, rates in args.rates:
+        for rate in rates:
             progress(f"{model.name}, {lengths.name}, {rate:g} requests/s")
             fleet = PaperFleet(model, lengths, PAPER_DEVICES, PAPER_GPUS, rate)
             seen = [
                 (way, fleet.run(way, warm_s=args.warm, measured_s=args.seconds, seed=args.seed))
-                for way in PAPER_WAYS
+                for way in args.paper_ways
             ]
             requests = len(seen[0][1].records)
             parts.append(
@@ -84,11 +84,11 @@ def _fleets(args: argparse.Namespace) -> str:
     ]
     for target in args.targets:
         rows = []
-        for way in FLEET_WAYS:
+        for way in args.fleet_ways:
             # A pod's devices are the same ones, and their prompts alike, whatever their number: so it is a search.
             per_pod = most(
                 lambda count, way=way, target=target: target.met(load.on_pod(way, count, args.seed)),  # type: ignore[misc]
-                FEWEST,
+                args.fewest,
                 args.most,
                 STEP,
             )
@@ -119,7 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="that count (default 60)")
+    parser.add_argument("--seconds", type=float, default=45.0, metavar="S", help="that count (default 45)")
     parser.add_argument("--warm", type=float, default=10.0, metavar="S", help="before them (default 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of chance (default 0)")
     parser.add_argument("--short", action="store_true", help="a few seconds of a few loads, no report")
@@ -134,10 +134,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="of --check: print the figures as JSON")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="default docs/benchmarks/simulation.md")
     args = parser.parse_args()
-    args.targets, args.most, args.sample = TARGETS, MOST, SAMPLE
+    args.rates, args.paper_ways, args.fleet_ways = RATES, PAPER_WAYS, FLEET_WAYS
+    args.targets, args.fewest, args.most, args.sample = TARGETS, FEWEST, MOST, SAMPLE
     if args.short:
-        args.seconds, args.warm, args.answers = 3.0, 1.0, 2
-        args.targets, args.most, args.sample = TARGETS[1:], 20, 1
+        args.seconds, args.warm, args.answers = 4.0, 1.0, 2
+        args.rates, args.paper_ways, args.fleet_ways = ((*RATES[0][:2], (6.0,)),), (U_SHAPE, HAT), (HAT,)
+        args.targets, args.fewest, args.most, args.sample = TARGETS[1:], 60, 61, 1
     elif args.out is None and not args.check:
         args.out = REPORTS / "simulation.md"
     return args

@@ -54,13 +54,13 @@ class Load:
 
 
 def most(fits: Callable[[int], bool], low: int, high: int, step: int) -> int:
-    """The largest n, low <= n <= high, that fits, to within `step`; 0 if `low` does not.
+    """The largest n, low <= n <= high, that fits, to within `step` - 1; 0 if `low` does not.
 
     What fits must fit for all that is smaller.
     """
     if not fits(low):
         return 0
-    while high - low > step:
+    while high - low >= step:
         middle = (low + high + 1) // 2
         if fits(middle):
             low = middle
