@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from common import data_prompts
 
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.data import read_prompts
 from hat_runtime.device.chat import PromptEncoder
 from hat_runtime.device.chunking import ChunkConfig

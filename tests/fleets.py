@@ -12,7 +12,7 @@ from fleet.device import LinkRates, Way  # isort: skip
 from fleet.simulation import Outcome, simulate  # isort: skip
 from fleet.workload import Request  # isort: skip
 
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 
 HIDDEN = 1000
 ROW_BYTES = 2 * HIDDEN

@@ -32,7 +32,7 @@ from fleet.workload import Request
 from hat_runtime.cli.limit_parts import bare_layers
 from hat_runtime.cli.processes import Children, exits_on_sigterm, free_address, hat_command
 from hat_runtime.control.chunks import varying_ends
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.device.chunking import ChunkConfig, Chunker
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.policy import DraftConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from hat_runtime.control.cost import PassCost
+from hat_runtime.control.pass_cost import PassCost
 
 
 class CloudCost(Protocol):

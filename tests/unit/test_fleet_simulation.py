@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hat_runtime.cloud.scheduler import SchedulerConfig
 from hat_runtime.control.chunk_policy import Conditions, predicted_ttft
-from hat_runtime.control.cost import PassCost
 from hat_runtime.control.limits import LimitParts, tbt_u_shape, ttft_unchunked
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.device.chunking import ChunkConfig
 from hat_runtime.device.policy import DraftConfig
 from tests.fleets import CLOUD, DEVICE, HIDDEN, LINK, ROW_BYTES, one_device
