@@ -34,7 +34,7 @@ PER_DEVICE_S = 1 / 60
 TARGETS = (Target(2.0, 0.080), Target(2.0, 0.120))
 SAMPLE = 2
 """Pods of a fleet that are simulated."""
-FEWEST, MOST, STEP = 10, 640, 12
+FEWEST, MOST, STEP = 10, 640, 20
 """Devices of a pod that are tried."""
 
 
@@ -119,7 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=45.0, metavar="S", help="that count (default 45)")
+    parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="that count (default 30)")
     parser.add_argument("--warm", type=float, default=10.0, metavar="S", help="before them (default 10)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of chance (default 0)")
     parser.add_argument("--short", action="store_true", help="a few seconds of a few loads, no report")

@@ -13,14 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fleet.guesses import RIGHT, Guesses
+from fleet.jobs import ShallowJob, TurnJob
 from fleet.link import Stream
 from fleet.pod import blank_rows
-from fleet.worker import Job
 from fleet.workload import Request
 from hat_runtime.cloud.session import Event, Evicted, Session, StepDone, StepWork, Want
 from hat_runtime.control.chunks import varying_ends
 from hat_runtime.device.chain import DraftPlan, Speculation
-from hat_runtime.device.drafting.base import Draft, DraftState
+from hat_runtime.device.drafting.base import DraftState
 from hat_runtime.device.jobs import Turn
 from hat_runtime.device.sampling import SamplingParams
 from hat_runtime.model.pages import PagedSequence
@@ -69,65 +69,6 @@ class _Step:
     void: bool = False
     """Its Result is of no interest any more."""
     done: bool = False
-
-
-class _ShallowJob(Job):
-    """A prompt's chunk."""
-
-    def __init__(self, answer: Answer, start: int, end: int, upload: int) -> None:
-        self.rows, self.total = end - start, end
-        self._answer, self._start, self._upload = answer, start, upload
-
-    def begin(self) -> None:
-        """See Job."""
-
-    def drafted(self) -> None:
-        """It does not draft."""
-
-    def done(self) -> None:
-        """See Job."""
-        self._answer.chunk_ready(self._start, self.total, self._upload)
-
-
-class _TurnJob(Job):
-    """Judge a Step, if any; then draft."""
-
-    def __init__(self, answer: Answer, judged: int, plan: DraftPlan, *, of_prompt: bool = False) -> None:
-        self.judged = judged
-        self.of_prompt = of_prompt
-        self.accepted = self.tokens = self.made = 0
-        self.refused = self.fresh = False
-        self.verdicts: tuple[tuple[Draft, bool], ...] = ()
-        self._answer = answer
-        self._plan = plan
-
-    def begin(self) -> None:
-        """See Job."""
-        answer = self._answer
-        if self.judged:
-            answer.judge(self)
-            if not answer.left or not (self.fresh or not answer.in_flight):
-                return
-        drafts = answer.spec.drafts
-        self.rows, self.total = int(self.fresh), answer.certain + len(drafts)
-        self.drafting = not self._enough()
-
-    def drafted(self) -> None:
-        """See Job."""
-        answer = self._answer
-        answer.spec.drafts.append(answer.guesses.next(len(answer.spec.drafts)))
-        self.made += 1
-        self.rows, self.total = 1, answer.certain + len(answer.spec.drafts)
-        self.drafting = not self._enough()
-
-    def done(self) -> None:
-        """See Job."""
-        self._answer.turned(self)
-
-    def _enough(self) -> bool:
-        answer = self._answer
-        drafts = answer.spec.drafts
-        return len(drafts) + 1 >= answer.left or self._plan.enough(drafts)
 
 
 class Answer:
@@ -179,7 +120,7 @@ class Answer:
             self._held_back = start
             return
         if (end := next(self._ends, None)) is not None:
-            self.device.worker.submit(_ShallowJob(self, start, end, self._uploads))
+            self.device.worker.submit(ShallowJob(self, start, end, self._uploads))
 
     def chunk_ready(self, start: int, end: int, upload: int) -> None:
         """A chunk's shallow states are there."""
@@ -190,7 +131,7 @@ class Answer:
 
     # Rounds ----------------------------------------------------------------------------------------------------------
 
-    def judge(self, turn: _TurnJob) -> None:
+    def judge(self, turn: TurnJob) -> None:
         """What the head says of the Step's drafts: the first ones that are right, and the token behind them."""
         drafts, most = self.spec.drafts, min(turn.judged, self.left)
         while turn.tokens < most and not turn.fresh:
@@ -211,7 +152,7 @@ class Answer:
         if not turn.of_prompt:
             self.guesses.round_over()
 
-    def turned(self, turn: _TurnJob) -> None:
+    def turned(self, turn: TurnJob) -> None:
         """Tokens are known, or one more draft."""
         self._turning = False
         now, policy = self.device.events.now, self.device.policy
@@ -240,7 +181,7 @@ class Answer:
             return
         self._ahead()
 
-    def _count(self, turn: _TurnJob, learnt: Turn, took_s: float) -> None:
+    def _count(self, turn: TurnJob, learnt: Turn, took_s: float) -> None:
         record, device = self.record, self.device
         if record.tokens == 0:
             record.ttft_s = took_s
@@ -271,7 +212,7 @@ class Answer:
             if plan is None:
                 break
             self._turning = True
-            self.device.worker.submit(_TurnJob(self, 0, plan))
+            self.device.worker.submit(TurnJob(self, 0, plan))
             return
         self._go_on()
 
@@ -292,7 +233,7 @@ class Answer:
         ):  # asked anew for each draft: the job judges the round before first
             plan = DraftPlan(lambda drafts: len(drafts) >= (guesses.scripted_drafts or 0))
         self._turning = True
-        self.device.worker.submit(_TurnJob(self, judged, plan, of_prompt=of_prompt))
+        self.device.worker.submit(TurnJob(self, judged, plan, of_prompt=of_prompt))
 
     def _stop_waiting(self) -> None:
         if self._waiting:

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from fleet.costs import PaperModel
 from fleet.device import Way
@@ -47,6 +48,7 @@ class Load:
     warm_s: float
     measured_s: float
 
+    @cache  # noqa: B019 (loads are few and last as long as the program)
     def on_pod(self, way: Way, devices: int, seed: int) -> Outcome:
         """What the users of one pod's devices see."""
         fleet = PaperFleet(self.model, self.lengths, devices, 1, devices * self.per_device_s)
