@@ -170,6 +170,8 @@ async def _real(
     progress(f"{len(alone)} answers of one device alone, then {len(requests)} of {DEVICES}")
     _, seen_alone = await _replayed(recorded, device, addresses, alone)
     hints, seen = await _replayed(recorded, device, addresses, requests)
+    if not hints.fixed_s and not hints.per_token_s:
+        raise HatError("the cloud does not know what its passes cost: ask for more --answers")
     return _Ran(recorded.binding, device, requests, seen, alone, seen_alone, hints)
 
 
@@ -210,20 +212,23 @@ async def _replayed(
     for link in links:
         await link.describe()
     began_s = time.monotonic() + 0.2
+    hints = pb.CostHints()
 
     async def device(number: int) -> list[Seen]:
+        nonlocal hints
         chunker = Chunker(ChunkConfig(), links[number], recorded.binding)
         seen = []
         for request in requests:
             if request.device == number:
                 await asyncio.sleep(max(0.0, began_s + request.arrival_s - time.monotonic()))
                 answer = by_request[replace(request, arrival_s=0.0, device=0)]
-                seen.append(await _answered(links[number], recorded.binding, chunker, cost, answer, request))
+                link = links[number]
+                seen.append(await _answered(link, recorded.binding, chunker, cost, answer, request))
+                hints = link.cloud_cost
         return seen
 
     try:
         seen = await asyncio.gather(*map(device, range(len(links))))
-        hints = max((link.cloud_cost for link in links), key=lambda cost: cost.ByteSize())
         return hints, [one for many in seen for one in many]
     finally:
         for link in links:
