@@ -103,6 +103,10 @@ crd: $(STAMP)  ## write the chart's copy of the CRD
 dashboards: $(STAMP)  ## write the chart's Grafana dashboards
 	@$(BIN)/python -m scripts.dashboards
 
+.PHONY: screenshots
+screenshots: $(STAMP)  ## take the pictures of the device's page for the README (needs Chromium)
+	@$(BIN)/python -m scripts.screenshots $(ARGS)
+
 .PHONY: clean
 clean:  ## delete caches and build results (.venv and the model cache stay)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache dist

@@ -13,6 +13,12 @@ _KEEP_DRAFT = 0.99
 _SMALL_BYTES = 16 * 1024
 """A chunk of more bytes than these tells the rate."""
 
+JITTER = 0.25
+"""Part of the round-trip time that it may vary by."""
+TRUSTED = 0.5
+FAR = 2.0
+"""A rate that is so many times larger or smaller than the usual one is another link's, if it comes twice."""
+
 
 @dataclass
 class LinkEstimate:
@@ -25,6 +31,8 @@ class LinkEstimate:
     uplink_bytes_per_s: float = 0.0
     _delivered_s: float = 0.0
     """When the link had delivered the Step before, half a round trip earlier."""
+    _far: int = 0
+    """Whether the last rate was far above (1) or below (-1) the usual one."""
 
     def add(
         self,
@@ -64,7 +72,19 @@ class LinkEstimate:
         took_s = delivered_s - max(submitted_s, self._delivered_s)
         self._delivered_s = max(self._delivered_s, delivered_s)
         if took_s > 0:
-            self.uplink_bytes_per_s = average(self.uplink_bytes_per_s, sent_bytes / took_s)
+            self._saw_rate(sent_bytes / took_s, took_s / (took_s + JITTER * self.rtt_s))
+
+    def _saw_rate(self, rate: float, trust: float) -> None:
+        """One chunk's rate; `trust`, 0 to 1: less where the chunk took no longer than round trips differ by."""
+        far = 0
+        if trust >= TRUSTED and self.uplink_bytes_per_s:
+            ratio = rate / self.uplink_bytes_per_s
+            far = (ratio > FAR) - (ratio < 1 / FAR)
+        if far and far == self._far:  # twice: another link, whose past tells nothing
+            self.uplink_bytes_per_s, self._far = rate, 0
+            return
+        self._far = far
+        self.uplink_bytes_per_s = average(self.uplink_bytes_per_s, rate, 1 - (1 - PAST) * trust)
 
 
 @dataclass(eq=False)
@@ -111,6 +131,11 @@ class Acceptance:
     def rate(self) -> float:
         """Share of accepted drafts, 0 to 1; 0 until there were any."""
         return self._accepted / self._drafted if self._drafted else 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether there were any."""
+        return self._drafted > 0
 
     def add(self, accepted: int, drafted: int) -> None:
         """A round's drafts: `drafted` of them, of which the first `accepted` were right."""

@@ -16,8 +16,10 @@ from hat_runtime.device.answer import Answer
 from hat_runtime.device.chunking import ChunkConfig, Chunker
 from hat_runtime.device.conversations import ConversationStore
 from hat_runtime.device.jobs import Turn
+from hat_runtime.device.kinds import kinds_of
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.policy import DraftConfig, DraftPolicy
+from hat_runtime.device.recent import RecentAnswers
 from hat_runtime.device.request import (
     CANCELLED,
     ERROR,
@@ -67,6 +69,7 @@ class Generator:
         self.binding = binding
         self.config = config or GeneratorConfig()
         self.metrics = link.metrics
+        self.recent = RecentAnswers()
         self.chunker = Chunker(self.config.chunking, link, binding)
         self.policy = DraftPolicy(self.config.drafting, model.drafter is not None)
         if model.drafter is not None:
@@ -83,6 +86,11 @@ class Generator:
         """Most tokens of prompt and answer together."""
         limit = self.link.limits.max_tokens
         return min(self.model.context_length, limit) if limit else self.model.context_length
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the next round would have drafts."""
+        return self.policy.drafting
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse what cannot be answered, before any work.
@@ -120,7 +128,7 @@ class Generator:
         self.check(request)
         began = last_s = time.monotonic()
         stats = request.stats = GenerationStats(prompt_tokens=len(request.prompt_ids), finish_reason=ERROR)
-        self.metrics.sessions_running.inc()
+        self._begin(stats)
         answer = self._make_answer(request)
         try:
             await answer.begin()
@@ -142,8 +150,9 @@ class Generator:
                     answer.send()
                 if ended:
                     stats.finish_reason = STOP if turn.tokens[-1] in request.stop_ids else LENGTH
-                for index, token_id in enumerate(turn.tokens, start=stats.completion_tokens - count):
-                    yield TokenEvent(token_id, index, now)
+                first = stats.completion_tokens - count
+                for index, (token_id, kind) in enumerate(zip(turn.tokens, kinds_of(turn), strict=True)):
+                    yield TokenEvent(token_id, first + index, now, kind, more=index < count - 1)
                 if ended:
                     return
                 checked = await answer.next_checked()
@@ -152,7 +161,7 @@ class Generator:
                 stats.finish_reason = CANCELLED
             raise
         finally:
-            self._end(answer, last_s - began)
+            self._end(answer)
 
     async def close(self) -> None:
         """End all sessions, the connection and the worker thread."""
@@ -203,12 +212,15 @@ class Generator:
             device_name=self.config.device_name,
         )
 
-    def _end(self, answer: Answer, took_s: float) -> None:
-        """The answer is over, however; its last token came after `took_s` seconds."""
+    def _begin(self, stats: GenerationStats) -> None:
+        self.metrics.sessions_running.inc()
+        self.recent.began(stats)
+
+    def _end(self, answer: Answer) -> None:
+        """The answer is over, however."""
         answer.end()
         stats = answer.request.stats
-        if stats.completion_tokens > 1:
-            stats.tbt_s = (took_s - stats.ttft_s) / (stats.completion_tokens - 1)
+        self.recent.ended(stats)
         self.metrics.sessions_running.dec()
         self.metrics.requests.labels(stats.finish_reason).inc()
         self.metrics.kv_usage.set(1 - self.model.cache.free_pages / self.model.cache.num_pages)
@@ -229,6 +241,7 @@ class Generator:
             self.metrics.predicted_ttft.set(stats.predicted_ttft_s or math.nan)
             self.chunker.saw_ttft(stats.predicted_ttft_s, since_began_s)
         else:
+            stats.tbt_s = (since_began_s - stats.ttft_s) / (stats.completion_tokens - 1)
             self.metrics.inter_token_latency.observe(since_last_s)
         self.link.send_telemetry(
             answer.current.session,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hat_runtime.device.kinds import PLAIN
 from hat_runtime.device.sampling import SamplingParams
 
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
@@ -18,6 +19,10 @@ class TokenEvent:
     """0 for the first generated token."""
     time_s: float
     """time.monotonic() of its sampling."""
+    kind: str = PLAIN
+    """How it came about, see kinds.py."""
+    more: bool = False
+    """Others follow at once, that became known with it and are counted in the request's stats already."""
 
 
 @dataclass
@@ -31,7 +36,7 @@ class GenerationStats:
     ttft_s: float = 0.0
     """From the call to the first token; 0 if there was none."""
     tbt_s: float = 0.0
-    """Mean time between tokens; 0 with fewer than two."""
+    """Mean time between the tokens so far; 0 with fewer than two."""
     uplink_bytes: int = 0
     """gRPC message bytes sent to the cloud; HTTP/2 framing is not included."""
     downlink_bytes: int = 0

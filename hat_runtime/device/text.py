@@ -7,7 +7,9 @@ front of a broken one, and raises "Invalid prefix" when a run of byte-fallback t
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hat_runtime.errors import ModelError
@@ -56,6 +58,10 @@ class Detokenizer:
         """A new answer, which ends before the first of the `stop` strings."""
         return StreamingText(self, stop)
 
+    def marked_stream(self, stop: Iterable[str] = ()) -> MarkedText:
+        """The same, with the kind of every token."""
+        return MarkedText(self, stop)
+
 
 class StreamingText:
     """The text of one answer, piece by piece.
@@ -80,6 +86,66 @@ class StreamingText:
     def finish(self) -> str:
         """The text that was held back, at the end of the answer."""
         return self._stop.feed(self._characters.finish()) + self._stop.finish()
+
+
+@dataclass
+class TokenText:
+    """A token's part of the text: the characters that it completed, "" where it completed none or they were cut."""
+
+    text: str
+    kind: str
+
+
+class MarkedText:
+    """The text of StreamingText, token by token: every token comes out once, in order.
+
+    A token comes out when all its characters are certain, one without characters together with the next that has some.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Iterable[str] = ()) -> None:
+        self._characters = _CharacterStream(detokenizer)
+        self._stop = _StopStrings(tuple(stop))
+        self._waiting: deque[TokenText] = deque()
+        self._newest = TokenText("", "")
+        self._certain = 0  # leading characters of those that wait
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found: no more text will come."""
+        return self._stop.found
+
+    def feed(self, token_id: int, kind: str) -> list[TokenText]:
+        """The tokens whose text is certain after this one."""
+        self._newest = TokenText(self._characters.feed(token_id), kind)
+        self._waiting.append(self._newest)
+        self._certain += len(self._stop.feed(self._newest.text))
+        return self._take_certain()
+
+    def skip(self, kind: str) -> None:
+        """A token that is no text, as the one that ends an answer."""
+        self._waiting.append(TokenText("", kind))
+
+    def finish(self) -> list[TokenText]:
+        """The tokens that were held back, at the end of the answer."""
+        held = self._characters.finish()
+        self._newest.text += held  # bytes are held back until the token after them, so this one still waits
+        self._certain += len(self._stop.feed(held) + self._stop.finish())
+        out = list(self._waiting)
+        self._waiting.clear()
+        for token in out:
+            token.text = token.text[: self._certain]
+            self._certain -= len(token.text)
+        return out
+
+    def _take_certain(self) -> list[TokenText]:
+        out: list[TokenText] = []
+        for count, token in enumerate(list(self._waiting), start=1):
+            if len(token.text) > self._certain:
+                break
+            if token.text:
+                self._certain -= len(token.text)
+                out += [self._waiting.popleft() for _ in range(count - len(out))]
+        return out
 
 
 class _CharacterStream:

@@ -25,8 +25,8 @@ PREFILL_TOKENS = 256
 class TokenAnswer(TokenUplink):
     """What the token mode does for one request: `begin`, then `tokens` to its end, then `end`."""
 
-    async def tokens(self) -> AsyncIterator[int]:
-        """The answer's tokens, the stop token included.
+    async def tokens(self) -> AsyncIterator[tuple[int, str]]:
+        """The answer's tokens, the stop token included, each with its kind (kinds.py).
 
         Raises:
             CloudUnavailable: as Answer.upload.
@@ -42,7 +42,7 @@ class TokenAnswer(TokenUplink):
                     if told == self.settled and self._finished:
                         stopped = self.text[told - 1] in self.request.stop_ids
                         self.request.stats.finish_reason = STOP if stopped else LENGTH
-                    yield self.text[told - 1]
+                    yield self.text[told - 1], self.kinds[told - 1 - len(self.request.prompt_ids)]
                 if self._finished:
                     return
                 if self._broken is not None:

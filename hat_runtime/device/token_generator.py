@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 from hat_runtime.control.drafting import Calibration, Pace
 from hat_runtime.device.generator import Generator, GeneratorConfig
+from hat_runtime.device.kinds import ACCEPTED, CORRECTED
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.request import (
     CANCELLED,
@@ -38,23 +39,32 @@ class TokenGenerator(Generator):
         self.pace = Pace()
         self.calibration = Calibration()
 
+    @property
+    def drafting(self) -> bool:
+        """See Generator."""
+        speculation = self.speculation
+        return speculation.max_draft > 0 and (self.pace.drafting or not speculation.adaptive)
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See Generator.generate."""
         self.check(request)
         began = last_s = time.monotonic()
         stats = request.stats = GenerationStats(prompt_tokens=len(request.prompt_ids), finish_reason=ERROR)
-        self.metrics.sessions_running.inc()
+        self._begin(stats)
         answer = self._make_token_answer(request)
         try:
             await answer.begin()
             self.metrics.cached_prompt_tokens.inc(stats.cached_tokens)
             tokens = answer.tokens()
             try:
-                async for token in tokens:
+                async for token, kind in tokens:
                     now = time.monotonic()
                     self._count_token(answer, now - began, now - last_s)
+                    # Here and not where it was settled: an answer that is cut has no more than it was told.
+                    stats.accepted_tokens += kind == ACCEPTED
+                    stats.refusals += kind == CORRECTED
                     last_s = now
-                    yield TokenEvent(token, stats.completion_tokens - 1, now)
+                    yield TokenEvent(token, stats.completion_tokens - 1, now, kind)
             finally:
                 await tokens.aclose()  # type: ignore[attr-defined]
         except (asyncio.CancelledError, GeneratorExit):
@@ -62,7 +72,7 @@ class TokenGenerator(Generator):
                 stats.finish_reason = CANCELLED
             raise
         finally:
-            self._end(answer, last_s - began)
+            self._end(answer)
 
     def _make_token_answer(self, request: GenerationRequest) -> TokenAnswer:
         self.metrics.prompt_tokens.inc(len(request.prompt_ids))

@@ -14,6 +14,7 @@ from typing import Any
 
 from hat_runtime.control.drafting import Calibration, Pace
 from hat_runtime.device.answer import Answer
+from hat_runtime.device.kinds import ACCEPTED, CORRECTED, PLAIN
 from hat_runtime.device.steps import LAST, NONE, StepResult
 from hat_runtime.device.token_drafting import Draft
 from hat_runtime.errors import CloudUnavailable, HatError
@@ -81,6 +82,7 @@ class TokenUplink(Answer):
             self._step_drafts = max(1, speculation.max_draft)
         self.text: list[int] = list(self.request.prompt_ids)
         self.settled = len(self.text)
+        self.kinds: list[str] = []  # of the settled tokens, without the prompt's
         self._total = self.settled + new
         self._drafts: dict[int, Draft] = {}
         self._drafted = 0  # tokens of the text in the draft model's KV cache
@@ -213,14 +215,20 @@ class TokenUplink(Answer):
         if draft is not None:
             self._calibration.observe(draft.source, draft.confidence, draft.token == token)
         if position < len(self.text) and self.text[position] == token:
-            self._count_accepted()
-            self.settled += 1
+            self._link.metrics.accepted_tokens.inc()
+            self._link.acceptance.add(1, 1)
             self._drafts.pop(position, None)
+            self._settled(ACCEPTED)
         else:
             self._cut(position)
             self.text.append(token)
-            self.settled += 1
+            self._settled(PLAIN if draft is None else CORRECTED)
         self._note_pace()
+
+    def _settled(self, kind: str) -> None:
+        """The next token of the text is certain."""
+        self.settled += 1
+        self.kinds.append(kind)
         self._wake.set()
         self._may_draft_again.set()
 
@@ -234,6 +242,7 @@ class TokenUplink(Answer):
         """Drop the text from `position` on; what of it is under way is of no interest any more."""
         if position == len(self.text):
             return
+        self._link.acceptance.add(0, len(self.text) - position)
         del self.text[position:]
         self._drafted = min(self._drafted, position)
         self._drafts = {at: draft for at, draft in self._drafts.items() if at < position}
@@ -259,19 +268,13 @@ class TokenUplink(Answer):
             self._cut(position)
             self._drafts.pop(position, None)
             self.text.append(token)
-            self.settled += 1
-            self._wake.set()
-            self._may_draft_again.set()
+            self._settled(CORRECTED)
             return
         self._redraw += 1
         self._cut(position)
         self._drafts[position] = draft
         self._sent = min(self._sent, position - 1)
         self._flush(force=True)
-
-    def _count_accepted(self) -> None:
-        self.request.stats.accepted_tokens += 1
-        self._link.metrics.accepted_tokens.inc()
 
     # When something is lost
 

@@ -30,6 +30,24 @@ def test_chunks_that_follow_one_another_tell_the_rate(cloud_s: float, chunks: in
         assert estimate.uplink_bytes_per_s == pytest.approx(rate)
 
 
+def test_a_small_chunk_that_looks_fast_moves_the_rate_little() -> None:
+    """A round trip that was shorter than usual looks like a link that takes no time."""
+    rtt, rate, size = 0.02, 7.5e6, 35_000
+    estimate = LinkEstimate(rtt_s=rtt, uplink_bytes_per_s=rate)
+    estimate.add(size, 0.0, rtt + 0.0002, 0.0, alone=True)
+    assert rate < estimate.uplink_bytes_per_s < 1.25 * rate
+
+
+@pytest.mark.parametrize("factor", [0.025, 0.3, 3, 40])
+def test_another_link_is_known_after_two_chunks(factor: float) -> None:
+    rtt, rate, size = 0.02, 1e6, 400_000
+    estimate = LinkEstimate(rtt_s=rtt, uplink_bytes_per_s=rate)
+    estimate.add(size, 0.0, size / (factor * rate) + rtt, 0.0, alone=True)
+    assert estimate.uplink_bytes_per_s != pytest.approx(factor * rate, rel=0.2)  # it may be an outlier
+    estimate.add(size, 100.0, 100.0 + size / (factor * rate) + rtt, 0.0, alone=True)
+    assert estimate.uplink_bytes_per_s == pytest.approx(factor * rate)
+
+
 def test_rounds_of_many_bytes_tell_the_round_trip_time_and_not_the_rate() -> None:
     """As wide models have: a round of 3 rows of 8 KiB."""
     rtt, rate, size = 0.05, 2e6, 24_576

@@ -106,6 +106,41 @@ def test_a_stop_string_across_tokens_is_held_back_and_its_false_start_released()
     assert text.finish() == ""
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_every_token_is_told_once_with_its_part_of_the_text(kind: str, data: st.DataObject) -> None:
+    _, detokenizer = KINDS[kind]
+    ids = data.draw(answers(kind))
+    ends = data.draw(st.booleans())
+    whole = "".join(run(detokenizer.stream(), ids))
+    parts = [whole[a:b] for a in range(len(whole)) for b in range(a + 1, a + 4)] or ["x"]
+    stops = data.draw(st.lists(st.sampled_from(parts), max_size=2))
+    plain, text = detokenizer.stream(stops), detokenizer.marked_stream(stops)
+    told, seen = [], ""
+    for number, token in enumerate(ids):
+        pieces = text.feed(token, str(number))
+        assert not pieces or pieces[-1].text  # never a piece without text before the end
+        told += pieces
+        seen += plain.feed(token)
+        assert seen.startswith("".join(piece.text for piece in told))
+    if ends:
+        text.skip(str(len(ids)))
+    told += text.finish()
+    assert "".join(piece.text for piece in told) == seen + plain.finish()
+    assert [piece.kind for piece in told] == [str(number) for number in range(len(ids) + ends)]
+    assert text.stopped == plain.stopped
+
+
+def test_a_token_that_completes_a_character_has_it_and_one_that_is_cut_has_its_beginning() -> None:
+    tokenizer, detokenizer = KINDS["byte fallback"]
+    text = detokenizer.marked_stream(["ox"])
+    ids = tokenizer("é fox!", add_special_tokens=False)["input_ids"]
+    told = [part for token in ids for part in text.feed(token, "k")] + text.finish()
+    assert text.stopped
+    assert len(told) == len(ids)
+    assert "".join(part.text for part in told) == "é f"
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="empty stop string"):
         KINDS["byte level"][1].stream([""])

@@ -16,6 +16,7 @@ from hat_runtime.device.api.schemas import AnswerOptions
 from hat_runtime.device.chat import PromptEncoder
 from hat_runtime.device.generator import Generator
 from hat_runtime.device.request import STOP, GenerationRequest, GenerationStats, TokenEvent
+from hat_runtime.device.text import TokenText
 
 QUEUE_PIECES = 256
 """Pieces of text that may wait for a client that reads slowly; then its answer waits."""
@@ -33,11 +34,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of one of the answers; the last piece has the reason for its end, "stop" or "length"."""
+    """More of one of the answers; the last piece has the reason for its end, "stop" or "length"."""
 
     index: int
-    text: str
+    tokens: Sequence[TokenText]
     finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Of all its tokens; "" only in a last piece."""
+        return "".join(token.text for token in self.tokens)
 
 
 class Answers:
@@ -181,15 +187,15 @@ class Answers:
 
     async def _generate(self, index: int) -> None:
         request = self.requests[index]
-        text = self._served.encoder.detokenizer.stream(self._options.stop)
+        text = self._served.encoder.detokenizer.marked_stream(self._options.stop)
         events = cast("AsyncGenerator[TokenEvent, None]", self._served.generator.generate(request))
         async with contextlib.aclosing(events):
             async for event in events:
                 if event.token_id in request.stop_ids:
-                    continue
-                if piece := text.feed(event.token_id):
-                    await self._queue.put(Piece(index, piece))
-                if text.stopped:
+                    text.skip(event.kind)
+                elif tokens := text.feed(event.token_id, event.kind):
+                    await self._queue.put(Piece(index, tokens))
+                if text.stopped and not event.more:  # what is counted is told, if without text
                     request.stats.finish_reason = STOP
                     break
         await self._queue.put(Piece(index, text.finish(), request.stats.finish_reason))
@@ -210,7 +216,7 @@ class Answers:
             if not isinstance(following, Piece) or following.index != item.index:
                 self._ahead = following
                 break
-            item = Piece(item.index, item.text + following.text, following.finish_reason)
+            item = Piece(item.index, [*item.tokens, *following.tokens], following.finish_reason)
         return item
 
 

@@ -1,4 +1,4 @@
-"""The device's HTTP API: OpenAI's chat and text completions, health, readiness, metrics."""
+"""The device's HTTP API: OpenAI's chat and text completions, live figures, a page, health, readiness, metrics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from hat_runtime import __version__
 from hat_runtime.device.api.answers import Answers, Piece, Served
 from hat_runtime.device.api.errors import RETRY_S, ApiError, echo, from_exception
 from hat_runtime.device.api.gate import Gate
+from hat_runtime.device.api.live import stats_routes
 from hat_runtime.device.api.middleware import RequestScope
+from hat_runtime.device.api.page import page_routes
 from hat_runtime.device.api.replies import ChatReply, Reply, TextReply, usage
 from hat_runtime.device.api.schemas import AnswerOptions, ChatRequest, CompletionRequest, parse
 from hat_runtime.device.api.stream import KEEP_ALIVE_S, EventStream
+from hat_runtime.device.text import TokenText
 from hat_runtime.errors import HatError, UsageError
 from hat_runtime.log import request_id
 
@@ -55,7 +58,10 @@ def make_app(api: Api) -> ASGIApp:
     app = FastAPI(title="HAT device", version=__version__)
     waiting = Gauge("hat_num_sessions_waiting", "Requests that wait for their turn.", registry=api.registry)
     waiting.set_function(lambda: api.gate.waiting)
-    app.include_router(_openai_routes(api))
+    key = [Depends(_key_check(api))]
+    app.include_router(_openai_routes(api), dependencies=key)
+    app.include_router(stats_routes(api), dependencies=key)
+    app.include_router(page_routes())
     app.include_router(_operations_routes(api))
 
     async def http_error(_: Request, error: Exception) -> Response:
@@ -74,7 +80,7 @@ def make_app(api: Api) -> ASGIApp:
     return RequestScope(app, api.registry)
 
 
-def _openai_routes(api: Api) -> APIRouter:
+def _key_check(api: Api) -> Callable[[Request], Awaitable[None]]:
     async def check_key(request: Request) -> None:
         if not api.api_keys:
             return
@@ -87,7 +93,11 @@ def _openai_routes(api: Api) -> APIRouter:
                 code="invalid_api_key",
             )
 
-    router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+    return check_key
+
+
+def _openai_routes(api: Api) -> APIRouter:
+    router = APIRouter(prefix="/v1")
     card = {"id": api.model_name, "object": "model", "created": api.created, "owned_by": "hat"}
 
     @router.get("/models")
@@ -113,7 +123,11 @@ def _openai_routes(api: Api) -> APIRouter:
         except UsageError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from error
         return await _answer(
-            api, request, [prompt], body.options(), ChatReply(api.model_name, served.fingerprint)
+            api,
+            request,
+            [prompt],
+            body.options(),
+            ChatReply(api.model_name, served.fingerprint, body.hat_token_kinds),
         )
 
     @router.post("/completions", response_model=None)
@@ -124,7 +138,11 @@ def _openai_routes(api: Api) -> APIRouter:
         served = _served(api)
         prompts = await asyncio.to_thread(_encode_prompts, served, body.prompt)
         return await _answer(
-            api, request, prompts, body.options(), TextReply(api.model_name, served.fingerprint)
+            api,
+            request,
+            prompts,
+            body.options(),
+            TextReply(api.model_name, served.fingerprint, body.hat_token_kinds),
         )
 
     return router
@@ -184,12 +202,16 @@ async def _answer(
 async def _whole(
     pieces: AsyncGenerator[Piece | None, None], count: int, reply: Reply, answers: Answers
 ) -> dict[str, Any]:
-    texts, reasons = [""] * count, [""] * count
+    tokens: list[list[TokenText]] = [[] for _ in range(count)]
+    reasons = [""] * count
     async for piece in pieces:
         if piece is not None:
-            texts[piece.index] += piece.text
+            tokens[piece.index] += piece.tokens
             reasons[piece.index] = piece.finish_reason or ""
-    choices = [reply.choice(index, texts[index], reasons[index]) for index in range(count)]
+    choices = []
+    for index, parts in enumerate(tokens):
+        text = "".join(part.text for part in parts)
+        choices.append(reply.marked(reply.choice(index, text, reasons[index]), parts))
     return reply.whole(choices, usage(answers.stats()))
 
 

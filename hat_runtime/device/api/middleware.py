@@ -17,7 +17,7 @@ from hat_runtime.log import request_id, sane_request_id
 log = logging.getLogger("hat_runtime.access")
 
 REQUEST_ID_HEADER = "X-Request-ID"
-_QUIET = ("/healthz", "/readyz", "/metrics")
+_QUIET = ("/healthz", "/readyz", "/metrics", "/v1/hat/stats")
 
 
 class RequestScope:

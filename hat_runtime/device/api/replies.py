@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hat_runtime.device.request import GenerationStats
+from hat_runtime.device.text import TokenText
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Reply(ABC):
 
     model: str
     fingerprint: str
+    token_kinds: bool = False
+    """Every choice has its tokens with their kinds beside the text."""
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -36,6 +39,12 @@ class Reply(ABC):
     @abstractmethod
     def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
         """A choice of a whole reply."""
+
+    def marked(self, choice: dict[str, Any], tokens: Sequence[TokenText]) -> dict[str, Any]:
+        """The choice with the extension `hat`, where it was asked for and there is something to say."""
+        if not self.token_kinds or not tokens:
+            return choice
+        return choice | {"hat": {"tokens": [{"text": token.text, "kind": token.kind} for token in tokens]}}
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """A reply that is not streamed."""

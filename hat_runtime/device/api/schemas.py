@@ -102,6 +102,7 @@ class _Request(BaseModel):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     hat_chunk_tokens: int | None = Field(None, ge=0)
+    hat_token_kinds: bool = False
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -74,10 +74,15 @@ class EventStream(Response):
                 if piece is None:
                     yield KEEP_ALIVE
                     continue
+                tokens = piece.tokens
                 if piece.text:
-                    yield self._chunk([self._reply.piece(piece.index, piece.text, None)])
+                    yield self._chunk(
+                        [self._reply.marked(self._reply.piece(piece.index, piece.text, None), tokens)]
+                    )
+                    tokens = []
                 if piece.finish_reason is not None:
-                    yield self._chunk([self._reply.piece(piece.index, "", piece.finish_reason)])
+                    last = self._reply.piece(piece.index, "", piece.finish_reason)
+                    yield self._chunk([self._reply.marked(last, tokens)])
         except Exception as error:
             failure = from_exception(error)
             scope["hat.failed"] = failure.status
