@@ -147,6 +147,11 @@ full-capacity: $(STAMP)  ## what a core of the cloud serves, with and without sp
 full-chunking: $(STAMP)  ## chunk sizes that follow link and load against every fixed one; what prompts cost others
 	@$(BIN)/python benchmarks/chunking.py $(ARGS)
 
+# make full-simulation ARGS=--check: 8 devices, simulated and with a real cloud (needs HAT_DATA)
+.PHONY: full-simulation
+full-simulation: $(STAMP)  ## the paper's 30 devices, then 1,000 and 10,000, in a simulator: TTFT, TBT, pods needed
+	@$(BIN)/python benchmarks/fleet_simulation.py $(ARGS)
+
 .PHONY: full-codec-quality
 full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model
 	@$(BIN)/python benchmarks/codec_quality.py $(ARGS)

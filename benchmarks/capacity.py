@@ -19,16 +19,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from unittest import mock
 
 import torch
 from common import (
     REPORTS,
-    data_prompts,
     facts,
     metric,
     model_folder,
@@ -39,44 +36,13 @@ from common import (
     table,
     warn_if_busy,
 )
+from replay import ETA, GAMMA, Recording, encoded_prompts, record
 
 from hat_runtime.cli.options import add_dtype
 from hat_runtime.cli.processes import Children, exits_on_sigterm, free_address, hat_command
-from hat_runtime.data import read_prompts
-from hat_runtime.device.chat import PromptEncoder
-from hat_runtime.device.chunking import ChunkConfig
-from hat_runtime.device.connect import connect
-from hat_runtime.device.generator import GenerationRequest, GeneratorConfig
 from hat_runtime.device.link import CloudLink
-from hat_runtime.device.policy import DraftConfig
-from hat_runtime.device.session import CloudSession
-from hat_runtime.device.steps import NONE, Binding, StepResult, Want
+from hat_runtime.device.steps import NONE, Binding
 from hat_runtime.errors import HatError
-from hat_runtime.model.hf import load_tokenizer
-
-GAMMA, ETA = 6, 0.6
-MOST_PROMPT_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One Step of a recorded answer."""
-
-    start: int
-    hidden: torch.Tensor
-    """Shallow states [n, hidden_size]."""
-    want: Want
-    decode: bool
-    alternatives: tuple[int, ...]
-
-
-@dataclass
-class Recording:
-    """What a device sent for one answer."""
-
-    steps: list[Sent] = field(default_factory=list)
-    tokens: int = 0
-    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,63 +90,16 @@ async def _all(args: argparse.Namespace, folder: Path, address: str, http: str) 
     rows = []
     for drafts in (False, True):
         progress(f"recording {args.limit} answers {'with' if drafts else 'without'} drafts")
-        binding, recordings = await _record(args, folder, address, drafts)
+        drafter = args.drafter if drafts else "none"
+        prompts = encoded_prompts(folder, args.prompts, args.limit)
+        recorded = await record(folder, address, prompts, args.dtype, drafter, args.max_new_tokens)
+        binding, recordings = recorded.binding, recorded.answers
         await _load(address, binding, recordings[:1], 1)  # the first time everything is slow
         for sessions in args.sessions:
             row = await _measure(args, http, address, binding, recordings, sessions, drafts)
             progress(f"{sessions} sessions: {row.tokens_per_s:.1f} tokens/s, TBT {row.tbt_s[1] * 1e3:.0f} ms")
             rows.append(row)
     return rows
-
-
-async def _record(
-    args: argparse.Namespace, folder: Path, address: str, drafts: bool
-) -> tuple[Binding, list[Recording]]:
-    """Answer the prompts with a real device, one after the other, and keep what it sends."""
-    # A round waits for its drafts and for its Result: what is sent depends on nothing but the text.
-    drafting = DraftConfig(GAMMA, ETA, window=1, branches=0, adaptive=False)
-    config = GeneratorConfig(chunking=ChunkConfig(128), max_idle_conversations=0, drafting=drafting)
-    drafter = args.drafter if drafts else "none"
-    generator = await connect(folder, address, args.dtype, config=config, drafter=drafter)
-    recordings = []
-    try:
-        for ids in _prompts(folder, args):
-            recording = Recording()
-            request = GenerationRequest(ids, args.max_new_tokens)
-            with _noting(recording):
-                recording.tokens = len([event async for event in generator.generate(request)])
-            recording.rounds = request.stats.rounds
-            recordings.append(recording)
-        return generator.binding, recordings
-    finally:
-        await generator.close()
-
-
-def _prompts(folder: Path, args: argparse.Namespace) -> list[list[int]]:
-    encoder = PromptEncoder(load_tokenizer(folder))
-    prompts = read_prompts(args.prompts) if args.prompts else data_prompts("spec_bench.jsonl")
-    chosen = prompts[:: max(1, len(prompts) // args.limit)][: args.limit]
-    encoded = [encoder.encode_chat([{"role": "user", "content": prompt.text}]) for prompt in chosen]
-    return [ids[-MOST_PROMPT_TOKENS:] for ids in encoded]
-
-
-def _noting(recording: Recording) -> AbstractContextManager[object]:
-    """While it is entered, every Step that is submitted in this process is noted."""
-    submit = CloudSession.submit
-
-    def submit_and_note(
-        session: CloudSession,
-        start: int,
-        hidden: torch.Tensor,
-        want: Want,
-        *rest: str,
-        decode: bool = False,
-        alternatives: tuple[int, ...] = (),
-    ) -> asyncio.Future[StepResult]:
-        recording.steps.append(Sent(start, hidden.clone(), want, decode, alternatives))
-        return submit(session, start, hidden, want, *rest, decode=decode, alternatives=alternatives)
-
-    return mock.patch.object(CloudSession, "submit", submit_and_note)
 
 
 async def _measure(

@@ -22,7 +22,7 @@ from hat_runtime.control.chunk_policy import (
 )
 from hat_runtime.control.drafting import average
 from hat_runtime.control.pass_cost import PassCost
-from hat_runtime.device.link import CloudLink
+from hat_runtime.device.estimates import CloudView
 from hat_runtime.device.steps import Binding
 from hat_runtime.errors import UsageError
 
@@ -50,7 +50,7 @@ class ChunkConfig:
 class Chunker:
     """Chooses the chunks of all prompts of a device. For the event loop's thread."""
 
-    def __init__(self, config: ChunkConfig, link: CloudLink, binding: Binding) -> None:
+    def __init__(self, config: ChunkConfig, link: CloudView, binding: Binding) -> None:
         self.config = config
         self._link = link
         self._binding = binding

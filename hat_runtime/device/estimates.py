@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hat_runtime.control.drafting import PAST, average
+from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 
 _KEEP_DRAFT = 0.99
 """Weight that a draft loses with each later one: the last hundred or so count."""
@@ -84,6 +85,39 @@ class LinkEstimate:
             return
         self._far = far
         self.uplink_bytes_per_s = average(self.uplink_bytes_per_s, rate, 1 - (1 - PAST) * trust)
+
+
+@dataclass(eq=False)
+class CloudView:
+    """What Results have told of link and cloud: all that the choice of chunks goes by."""
+
+    estimate: LinkEstimate = field(default_factory=LinkEstimate)
+    cloud_cost: pb.CostHints = field(default_factory=pb.CostHints)
+    """What the cloud said last of the cost of its passes."""
+    suggested_chunk: int = 0
+    """Chunk size that the cloud proposed last, in tokens; 0: none."""
+    cloud_wait_s: float = 0.0
+    """From the arrival of a Step in the cloud to its pass, where no other of its session is there; average."""
+    company: float = 0.0
+    """Rows of other sessions in a pass, average."""
+
+    def learn(
+        self,
+        sent_bytes: int,
+        submitted_s: float,
+        received_s: float,
+        queue_s: float,
+        compute_s: float,
+        company: int,
+        *,
+        alone: bool,
+        chunk: bool,
+    ) -> None:
+        """One answered Step; `company` are others' rows in its pass, the rest is as in `LinkEstimate.add`."""
+        if alone:
+            self.cloud_wait_s = PAST * self.cloud_wait_s + (1 - PAST) * queue_s
+            self.company = PAST * self.company + (1 - PAST) * company
+        self.estimate.add(sent_bytes, submitted_s, received_s, queue_s + compute_s, alone=alone, chunk=chunk)
 
 
 @dataclass

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import grpc
 from prometheus_client import CollectorRegistry
 
-from hat_runtime.control.drafting import PAST
-from hat_runtime.device.estimates import Acceptance, LinkEstimate
+from hat_runtime.device.estimates import Acceptance, CloudView
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
 from hat_runtime.device.session import CloudSession
@@ -34,7 +33,7 @@ class LinkRate:
     down: float
 
 
-class CloudLink:
+class CloudLink(CloudView):
     """A channel to one cloud. For the event loop that made it."""
 
     def __init__(
@@ -47,19 +46,11 @@ class CloudLink:
             metrics: where bytes and round-trip times are counted.
             timeout_s: longest wait for Describe and for a session to open.
         """
+        super().__init__()
         self.address = address
         self.metrics = metrics or DeviceMetrics(CollectorRegistry())
         self.timeout_s = timeout_s
-        self.estimate = LinkEstimate()
         self.acceptance = Acceptance()
-        self.cloud_cost = pb.CostHints()
-        """What the cloud said last of the cost of its passes."""
-        self.suggested_chunk = 0
-        """Chunk size that the cloud proposed last, in tokens; 0: none."""
-        self.cloud_wait_s = 0.0
-        """From the arrival of a Step in the cloud to its pass, where no other of its session is there; average."""
-        self.company = 0.0
-        """Rows of other sessions in a pass, average."""
         self.retry_at_s = 0.0
         """time.monotonic() before which the cloud asked not to be bothered (Notice RETRY)."""
         self.sessions: set[CloudSession] = set()
@@ -174,14 +165,10 @@ class CloudLink:
         chunk: bool,
     ) -> None:
         """Note the timing of a Step that was answered just now (called by the sessions)."""
-        if alone:
-            self.cloud_wait_s = PAST * self.cloud_wait_s + (1 - PAST) * queue_s
-            self.company = PAST * self.company + (1 - PAST) * company
         self.metrics.cloud_queue.observe(queue_s)
         self.metrics.cloud_step.observe(compute_s)
-        self.estimate.add(
-            sent_bytes, submitted_s, time.monotonic(), queue_s + compute_s, alone=alone, chunk=chunk
-        )
+        received_s = time.monotonic()
+        self.learn(sent_bytes, submitted_s, received_s, queue_s, compute_s, company, alone=alone, chunk=chunk)
         self.metrics.link_rtt.set(self.estimate.rtt_s)
         self.metrics.link_uplink.set(self.estimate.uplink_bytes_per_s)
 

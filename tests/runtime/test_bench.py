@@ -92,3 +92,21 @@ def test_capacity(model: Path, prompts: Path) -> None:
     ]
     assert all(row["tokens_per_s"] > 0 for row in rows)
     assert all(row["tokens_a_round"] == 1 for row in rows if not row["drafts"])
+
+
+@pytest.mark.timeout(300)
+def test_fleet_simulation_and_its_check(model: Path, prompts: Path) -> None:
+    """In its short form; and 8 replayed devices against a real cloud, simulated with what was measured there."""
+    script = str(ROOT / "benchmarks" / "fleet_simulation.py")
+    done = subprocess.run([sys.executable, script, "--short"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| HAT")] == [
+        "| HAT, predictive"
+    ] * 3
+    options = ("--check", "--short", "--json", "--model", model, "--prompts", prompts, "--input-layers", 2)
+    command = [sys.executable, script, *map(str, options), "--drafter", "ngram"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["answers"] == 16
+    assert all(found[name][kind] > 0 for name in ("TTFT", "TBT") for kind in ("real_s", "simulated_s"))
