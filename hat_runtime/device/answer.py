@@ -141,8 +141,11 @@ class Answer:
                 return Checked(deep)
             self._count_eviction()
 
-    async def turn(self, checked: Checked) -> Turn:
-        """What deep states say: tokens that are certain now, and new drafts behind them."""
+    async def turn(self, checked: Checked, told: asyncio.Future[list[int]] | None = None) -> Turn:
+        """What deep states say: tokens that are certain now, and new drafts behind them.
+
+        `told` gets the tokens before there are drafts.
+        """
         stats = self.request.stats
         turn = await self._model.turn(
             self._spec,
@@ -152,6 +155,7 @@ class Answer:
             go_on=not self._in_flight,
             most=self.request.max_new_tokens - stats.completion_tokens,
             batch_tokens=self._batch_tokens,
+            told=told,
         )
         starved = turn.starved
         while starved:  # the token is certain, but there was no room for it

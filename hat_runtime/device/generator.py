@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from hat_runtime.device.answer import Answer
+from hat_runtime.device.chain import Checked
 from hat_runtime.device.chunking import ChunkConfig, Chunker
 from hat_runtime.device.conversations import ConversationStore
 from hat_runtime.device.jobs import Turn
@@ -126,7 +127,7 @@ class Generator:
             DeviceFull: the device's KV cache cannot hold the text.
         """
         self.check(request)
-        began = last_s = time.monotonic()
+        began = last_s = told_s = time.monotonic()
         stats = request.stats = GenerationStats(prompt_tokens=len(request.prompt_ids), finish_reason=ERROR)
         self._begin(stats)
         answer = self._make_answer(request)
@@ -135,25 +136,34 @@ class Generator:
             self.metrics.cached_prompt_tokens.inc(stats.cached_tokens)
             checked = await answer.upload()
             while True:
-                turn = await answer.turn(checked)
+                early = 0
+                if stats.completion_tokens:
+                    turn = await self._turn(answer, checked)
+                else:
+                    # The first token does not wait for the drafts behind it.
+                    told = asyncio.get_running_loop().create_future()
+                    turning = asyncio.ensure_future(self._turn(answer, checked, told))
+                    try:
+                        await asyncio.wait((told, turning), return_when=asyncio.FIRST_COMPLETED)
+                        if told.done():
+                            early, told_s = 1, time.monotonic()
+                            self._count_token(answer, told_s - began, 0.0)
+                            yield TokenEvent(told.result()[0], 0, told_s)
+                        turn = await turning
+                    finally:
+                        turning.cancel()
+                        await asyncio.gather(turning, return_exceptions=True)
                 now = time.monotonic()
-                count = len(turn.tokens)
-                for _ in turn.tokens:
-                    self._count_token(answer, now - began, (now - last_s) / count)
+                new = turn.tokens[early:]
+                for _ in new:
+                    self._count_token(answer, now - began, (now - told_s) / len(new))
                 self._learn_round(answer, turn, now - last_s)
                 last_s = now
-                ended = (
-                    turn.tokens[-1] in request.stop_ids or stats.completion_tokens == request.max_new_tokens
-                )
-                # The next Step leaves before the caller sees the tokens: a slow reader costs no round trip.
-                if not ended and not answer.in_flight:
-                    answer.send()
-                if ended:
-                    stats.finish_reason = STOP if turn.tokens[-1] in request.stop_ids else LENGTH
-                first = stats.completion_tokens - count
-                for index, (token_id, kind) in enumerate(zip(turn.tokens, kinds_of(turn), strict=True)):
-                    yield TokenEvent(token_id, first + index, now, kind, more=index < count - 1)
-                if ended:
+                told_s = now if new else told_s
+                first = stats.completion_tokens - len(new)
+                for index, (token_id, kind) in enumerate(zip(new, kinds_of(turn)[early:], strict=True)):
+                    yield TokenEvent(token_id, first + index, now, kind, more=index < len(new) - 1)
+                if stats.finish_reason != ERROR:
                     return
                 checked = await answer.next_checked()
         except (asyncio.CancelledError, GeneratorExit):
@@ -162,6 +172,24 @@ class Generator:
             raise
         finally:
             self._end(answer)
+
+    async def _turn(
+        self, answer: Answer, checked: Checked, told: asyncio.Future[list[int]] | None = None
+    ) -> Turn:
+        """Judge what came, draft behind it, and send that.
+
+        The next Step leaves before the caller sees the tokens: a slow reader costs no round trip.
+        """
+        request, stats = answer.request, answer.request.stats
+        before = stats.completion_tokens
+        turn = await answer.turn(checked, told)
+        if turn.tokens[-1] in request.stop_ids:
+            stats.finish_reason = STOP
+        elif before + len(turn.tokens) == request.max_new_tokens:
+            stats.finish_reason = LENGTH
+        elif not answer.in_flight:
+            answer.send()
+        return turn
 
     async def close(self) -> None:
         """End all sessions, the connection and the worker thread."""

@@ -118,6 +118,7 @@ class TurnJob(Job):
         most: int = 1,
         go_on: bool = True,
         branch: int | None = None,
+        told: asyncio.Future[list[int]] | None = None,
     ) -> None:
         """Describe the job.
 
@@ -131,8 +132,10 @@ class TurnJob(Job):
             most: tokens that the text may still grow by.
             go_on: draft behind a chain that holds as well; False: only behind a fresh token.
             branch: draft what may follow if this token, and not the chain's, comes behind the last draft.
+            told: gets the certain tokens as soon as they are known, before there are drafts.
         """
         super().__init__(speculation.sequence, future)
+        self.told = told
         self.deep = deep
         self._spec = speculation
         self._plan = plan
@@ -192,6 +195,11 @@ class TurnJob(Job):
         # Where the text ends, nobody needs the last token's states.
         if not ended and (fresh or (self._go_on and not self._enough())):
             self._extend()
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is certain by the deep states, once they were judged."""
+        return self._turn.tokens
 
     def _verdict(self, logits: torch.Tensor, drafts: list[Draft], before: list[int]) -> Verdict:
         """What the target says of drafts, or of the token, behind the certain ones and those `before`."""

@@ -153,6 +153,7 @@ class DeviceModel:
         go_on: bool = True,
         branch: int | None = None,
         batch_tokens: int = 0,
+        told: asyncio.Future[list[int]] | None = None,
     ) -> Turn:
         """Judge deep states, if any, by head and sampling; then run what is new through the input layers, and draft.
 
@@ -168,6 +169,7 @@ class DeviceModel:
             batch_tokens: rows of the cloud's pass that `deep` comes from. If other rounds of this device may have
                 been in it, they are waited for (1 ms at most): sessions that are batched once stay batched, here
                 and in the cloud.
+            told: gets the certain tokens before there are drafts.
         """
         future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
         job = TurnJob(
@@ -179,6 +181,7 @@ class DeviceModel:
             most=most,
             go_on=go_on,
             branch=branch,
+            told=told,
         )
         if deep is None:
             self._worker.submit([job])

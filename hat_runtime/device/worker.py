@@ -155,6 +155,8 @@ class Worker:
             rows = slice(first, first + len(job.deep))
             job.judge(logits[rows], normed[rows])
             first = rows.stop
+        if early := [(job.told, job.tokens) for job in jobs if job.told is not None]:
+            deliver(early)
 
     def _draft(self, jobs: list[TurnJob], results: list[tuple[Job, Any]]) -> list[TurnJob]:
         """One more draft for each job; those that have enough now get their result."""

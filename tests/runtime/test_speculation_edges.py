@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from hat_runtime.cloud.serve import CloudConfig, running_cloud
 from hat_runtime.device.connect import connect
+from hat_runtime.device.drafting.base import Draft, Wish
 from hat_runtime.device.generator import GeneratorConfig
 from hat_runtime.device.policy import DraftConfig
 from tests.lockstep import check_drafter
@@ -78,3 +80,35 @@ async def test_evictions_while_drafting(tiny_llama: Path, tmp_path: Path) -> Non
             await generator.model.call(lambda: check_drafter(generator.model))
         finally:
             await generator.close()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_the_first_token_does_not_wait_for_drafts(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Also where whoever asked goes away while they are made: nothing is left over."""
+    seen, waited = threading.Event(), []
+    prompt = make_prompts(1, seed=3)[0]
+    async with speculating(tiny_llama, "ngram", EAGER) as (generator, _), asyncio.timeout(60):
+        drafter = generator.model.drafter
+        assert drafter is not None
+        propose = drafter.propose
+
+        def propose_when_seen(wishes: Sequence[Wish]) -> list[Draft | None]:
+            waited.append(seen.wait(20))
+            return propose(wishes)
+
+        monkeypatch.setattr(drafter, "propose", propose_when_seen)
+        events = generator.generate(ask(generator, prompt, 12))
+        first = await anext(events)
+        seen.set()
+        if leaves:
+            assert isinstance(events, AsyncGenerator)
+            await events.aclose()
+        else:
+            rest = [event async for event in events]
+            assert [event.token_id for event in (first, *rest)] == Reference(tiny_llama).greedy(prompt, 12)
+            assert [event.index for event in (first, *rest)] == list(range(12))
+        assert waited or leaves
+        assert all(waited)
+        generator.conversations.clear()
