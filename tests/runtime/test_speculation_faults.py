@@ -362,7 +362,10 @@ async def test_results_that_come_after_newer_steps_change_nothing(
 ) -> None:
     late = LateResults()
     async with pair(mode, tiny_llama, drafters, want, "100mbit,20ms,10ms", late, WIDE) as both:
-        await both.check_exact(ask(1))
+        for number in range(1, 9):  # whether one comes late is chance
+            await both.check_exact(ask(number % len(PROMPTS)))
+            if late.count:
+                break
         assert late.count > 0
         await both.check_exact(*three())
 
