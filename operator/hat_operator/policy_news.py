@@ -17,10 +17,14 @@ _ROWS = 2.0
 
 
 class News:
-    """What people know of the sizes of one HatDeployment."""
+    """What people know of the sizes of one HatDeployment.
 
-    def __init__(self) -> None:
-        self._known: dict[str, Choice] = {}
+    Args:
+        known: the choices that they were told of before, by another process perhaps.
+    """
+
+    def __init__(self, known: Mapping[str, Choice] | None = None) -> None:
+        self._known = dict(known or {})
         self._told: float | None = None
 
     def tell(self, choices: Mapping[str, Choice], rule: Chunking, now: float) -> str | None:

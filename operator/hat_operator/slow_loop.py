@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import aiohttp
 
@@ -48,7 +48,7 @@ class _Loop:
     """Monotonic seconds of the last change of it, or of the first look."""
     fresh_at: float
     """When a pod answered last."""
-    news: News = field(default_factory=News)
+    news: News
 
 
 class SlowLoop:
@@ -76,7 +76,8 @@ class SlowLoop:
         loop, now = self._loops.get(key), time.monotonic()
         if loop is None or loop.body["metadata"]["uid"] != body["metadata"]["uid"]:
             found = _content(live)
-            self._loops[key] = _Loop(body, rule, restored(found), found, found, now, now)
+            policy = restored(found)
+            self._loops[key] = _Loop(body, rule, policy, found, found, now, now, News(policy.choices))
             metrics.POLICY_CHANGES.labels(*key)  # from 0 on, so that the first change is an increase
         elif loop.rule != rule:
             self._telemetry.hurry()

@@ -134,6 +134,18 @@ async def test_a_new_process_goes_on_from_the_config_map_and_above_what_pods_hav
     scene.loop.forget(*KEY)
 
 
+async def test_a_new_process_tells_of_what_has_changed_meanwhile(scene: Scene) -> None:
+    scene.reconcile()
+    await scene.round()
+    text = scene.reconcile()
+    scene.restart()
+    scene.reconcile(text)
+    scene.cloud.hold({"a": 1.0})
+    await scene.round()
+    assert [event.partition(" (")[0] for event in scene.api.events] == ["a: 512 to 64 tokens"]
+    scene.loop.forget(*KEY)
+
+
 async def test_a_throttled_link_moves_its_device_and_an_event_says_why(scene: Scene) -> None:
     scene.reconcile()
     await scene.round()
