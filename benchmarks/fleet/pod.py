@@ -13,6 +13,7 @@ import torch
 
 from fleet.costs import CloudCost
 from fleet.events import Events
+from hat_runtime.cloud.assembly import cost_hints
 from hat_runtime.cloud.engine import PAGE_WAIT_S
 from hat_runtime.cloud.pacing import Pacing
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
@@ -82,16 +83,7 @@ class Pod:
 
     def hints(self) -> pb.CostHints:
         """What passes cost lately, as RuntimeService says it."""
-        cost = self._pacing.cost.fit()
-        if cost is None:
-            return pb.CostHints()
-        return pb.CostHints(
-            fixed_s=cost.fixed_s,
-            per_token_s=cost.per_token_s,
-            per_pair_s=cost.per_pair_s,
-            per_cached_s=cost.per_cached_s,
-            prompt_rows=self._prompt_rows,
-        )
+        return cost_hints(self._pacing.cost.fit(), self._prompt_rows)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is free or has one owner."""

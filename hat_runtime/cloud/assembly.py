@@ -9,6 +9,7 @@ import grpc
 import torch
 
 from hat_runtime.cloud.session import StepDone, StepWork, Want
+from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
 
@@ -115,6 +116,19 @@ class StepAssembler:
                 raise ProtocolError(
                     f"Step.alternatives holds {position}, which is not {step.start_pos} to {step.start_pos + step.n}"
                 )
+
+
+def cost_hints(cost: PassCost | None, prompt_rows: int) -> pb.CostHints:
+    """What passes cost lately, empty while that is not known; `prompt_rows` are the most of prompts in one pass."""
+    if cost is None:
+        return pb.CostHints()
+    return pb.CostHints(
+        fixed_s=cost.fixed_s,
+        per_token_s=cost.per_token_s,
+        per_pair_s=cost.per_pair_s,
+        per_cached_s=cost.per_cached_s,
+        prompt_rows=prompt_rows,
+    )
 
 
 def result_frames(

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
 from hat_runtime.cloud import tokens
-from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, result_frames
+from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.load import Load
@@ -301,25 +301,17 @@ class RuntimeService:
             chunk = 0 if self._served.mode else self._policy.policy.chunk_for(stream.device)
             verdict = None if event.verdict is None else verdict_message(event.verdict)
             of_prompt = work.want is Want.LAST and work.tokens is None
-            return result_frames(event, verdict, self._cost_hints() if of_prompt else None, chunk)
+            return result_frames(
+                event,
+                verdict,
+                cost_hints(self._engine.cost.fit(), self._engine.prompt_rows) if of_prompt else None,
+                chunk,
+            )
         if isinstance(event, Decoded):
             return (decoded_message(event),)
         if isinstance(event, Evicted):
             return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
         return (event,)
-
-    def _cost_hints(self) -> pb.CostHints:
-        """What the engine's passes cost lately; empty while that is not known."""
-        cost = self._engine.cost.fit()
-        if cost is None:
-            return pb.CostHints()
-        return pb.CostHints(
-            fixed_s=cost.fixed_s,
-            per_token_s=cost.per_token_s,
-            per_pair_s=cost.per_pair_s,
-            per_cached_s=cost.per_cached_s,
-            prompt_rows=self._engine.prompt_rows,
-        )
 
     def _opened(self, session: Session) -> pb.CloudMessage:
         return pb.CloudMessage(
@@ -327,7 +319,7 @@ class RuntimeService:
                 session_id=session.id,
                 committed=0,
                 limits=self._served.limits,
-                cost=self._cost_hints(),
+                cost=cost_hints(self._engine.cost.fit(), self._engine.prompt_rows),
                 protocol_minor=PROTOCOL[1],
             )
         )
