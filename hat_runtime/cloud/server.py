@@ -20,6 +20,7 @@ from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
+from hat_runtime.cloud.peer import Peer, peer_of
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, Want
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
@@ -63,8 +64,8 @@ class _Stream:
 
     def __init__(self, limits: pb.Limits) -> None:
         self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
-        self.device = ""
-        """Who is at the other end, as it says itself; "" when it does not."""
+        self.peer = Peer()
+        """Who is at the other end."""
         self.codecs = codec.RAW_ONLY
         """How its Steps are encoded."""
         self._limits = limits
@@ -189,7 +190,7 @@ class RuntimeService:
         reader: asyncio.Task[None] | None = None
         code = grpc.StatusCode.CANCELLED
         try:
-            session = await self._open(requests, stream)
+            session = await self._open(requests, context, stream)
             reader = asyncio.create_task(self._read(requests, session, stream))
             yield self._opened(session)
             while (event := await stream.events.get()) is not None:
@@ -219,7 +220,9 @@ class RuntimeService:
                 self._sessions.pop(session.id, None)
                 self._engine.close(session)
 
-    async def _open(self, requests: AsyncIterator[pb.DeviceMessage | None], stream: _Stream) -> Session:
+    async def _open(
+        self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: _Stream
+    ) -> Session:
         message = await anext(aiter(requests), None)
         if message is None or message.WhichOneof("message") != "open":
             raise ProtocolError(
@@ -236,9 +239,9 @@ class RuntimeService:
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
-        stream.device = opening.device
+        stream.peer = peer_of(opening, context)
         stream.codecs = _codecs(opening)
-        self._devices.heard(stream.device, row_bytes=self._row_bytes(stream))
+        self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
         log.info("session %s opened", session.id[:8])
         return session
@@ -298,7 +301,7 @@ class RuntimeService:
             if work.want is Want.ALL and not event.stale:
                 company = max(0, work.batch_tokens - work.n - len(work.alternatives))
                 self._load.observe(work.waited_s if stream.alone else None, company)
-            chunk = 0 if self._served.mode else self._policy.policy.chunk_for(stream.device)
+            chunk = 0 if self._served.mode else self._policy.policy.chunk_for(stream.peer.device)
             verdict = None if event.verdict is None else verdict_message(event.verdict)
             of_prompt = work.want is Want.LAST and work.tokens is None
             return result_frames(
@@ -337,14 +340,14 @@ class RuntimeService:
                     if (name := sane_request_id(message.step.request_id)) is not None:
                         request_id.set(name)
                         log.info("session %s serves this request from here", session.id[:8])
-                    self._devices.heard(stream.device)
+                    self._devices.heard(stream.peer.device)
                     if (work := assembler.feed(message.step)) is not None:
                         await stream.admit(work.n)
                         self._engine.submit(session, work)
                 elif kind == "telemetry":
                     assert message is not None
                     self._observe(message.telemetry)
-                    self._devices.heard(stream.device, message.telemetry)
+                    self._devices.heard(stream.peer.device, message.telemetry)
                 elif kind == "open":
                     raise ProtocolError("a second Open on one stream", grpc.StatusCode.FAILED_PRECONDITION)
                 elif message is None:
