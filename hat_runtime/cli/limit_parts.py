@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hat_runtime.cli.processes import Children
 from hat_runtime.control.limits import LimitParts
@@ -38,6 +39,21 @@ def bare_layers(
     command += ["--input-layers", str(input_layers), "--prompt-tokens", str(prompt_tokens)]
     command += [] if drafter is None else ["--drafter", str(drafter)]
     return _calibration(command, cores, timeout_s)
+
+
+def bare_prompts(
+    folder: Path,
+    input_layers: int,
+    lengths: Sequence[int],
+    dtype: str,
+    cores: frozenset[int] | None = None,
+    timeout_s: float = 600.0,
+) -> dict[int, tuple[float, float]]:
+    """hat_runtime.model.calibrate's prompt_times; nothing else should run meanwhile."""
+    command = [str(folder), "--dtype", dtype, "--input-layers", str(input_layers)]
+    command += ["--prompts", ",".join(map(str, lengths))]
+    found: dict[str, Any] = _calibration(command, cores, timeout_s)
+    return {int(length): (shallow, middle) for length, (shallow, middle) in found.items()}
 
 
 def bare_passes(
@@ -74,13 +90,19 @@ def _calibration(arguments: list[str], cores: frozenset[int] | None, timeout_s: 
         return parts
 
 
-def limit_parts(device: dict[str, float], cloud: dict[str, float], link: LinkSpec) -> LimitParts:
+def limit_parts(
+    device: dict[str, float],
+    cloud: dict[str, float],
+    link: LinkSpec,
+    prompts: dict[int, tuple[float, float]] | None = None,
+) -> LimitParts:
     """Put a limit together; the link is emulated anew and measured.
 
     Args:
         device: bare_layers on the device's cores: t_in, t_head and s are taken.
         cloud: bare_layers on the cloud's cores: t_cloud and beta are taken.
         link: what lies between them.
+        prompts: `bare_prompts`, for limits at prompts' own lengths.
     """
     seen = measure_link(link)
     return LimitParts(
@@ -93,4 +115,6 @@ def limit_parts(device: dict[str, float], cloud: dict[str, float], link: LinkSpe
         t_cloud=cloud["t_cloud"],
         beta=cloud["beta"],
         s=device["s"],
+        device_prompts=tuple((length, shallow) for length, (shallow, _) in sorted((prompts or {}).items())),
+        cloud_prompts=tuple((length, middle) for length, (_, middle) in sorted((prompts or {}).items())),
     )

@@ -8,6 +8,8 @@ performance is judged (hat_runtime.model.calibrate, hat_runtime.emulation.measur
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -33,6 +35,10 @@ class LimitParts:
     """Middle submodel, seconds a token of a long prompt."""
     s: float
     """Input submodel, seconds a token of a long prompt."""
+    cloud_prompts: Sequence[tuple[int, float]] = ()
+    """(n, middle submodel's seconds for a prompt of n tokens) as measured, n rising; empty: from t_cloud and beta."""
+    device_prompts: Sequence[tuple[int, float]] = ()
+    """The same of the input submodel; empty: from s."""
 
     @property
     def up(self) -> float:
@@ -48,6 +54,25 @@ class LimitParts:
         """t_c(n) = max(t_c0, beta n): middle submodel for `tokens` tokens in one pass."""
         return max(self.t_cloud, self.beta * tokens)
 
+    def cloud_prompt(self, tokens: int) -> float:
+        """Middle submodel for a whole prompt, as measured where it was, else `cloud`."""
+        return _between(self.cloud_prompts, tokens) if self.cloud_prompts else self.cloud(tokens)
+
+    def device_prompt(self, tokens: int) -> float:
+        """Input submodel for a whole prompt, as measured where it was, else s times its length."""
+        return _between(self.device_prompts, tokens) if self.device_prompts else self.s * tokens
+
+
+def _between(points: Sequence[tuple[int, float]], at: int) -> float:
+    """The straight line between the two points around `at`; beyond the ends in proportion to the nearest point's."""
+    place = bisect_left(points, (at,))
+    if place == 0:
+        return points[0][1]  # a short pass reads the same weights
+    if place == len(points):
+        return points[-1][1] * at / points[-1][0]
+    (low, before), (high, after) = points[place - 1], points[place]
+    return before + (after - before) * (at - low) / (high - low)
+
 
 def tbt_u_shape(parts: LimitParts) -> float:
     """Time between tokens without speculation: the causal loop L1 = t_in + h/B_u + R + t_c0 + h/B_d + t_h."""
@@ -60,18 +85,21 @@ def ttft_unchunked(parts: LimitParts, prompt_tokens: int) -> float:
     S s + S h/B_u + R + t_c(S) + h/B_d + t_h
     """
     n = prompt_tokens
-    return n * parts.s + n * parts.up + parts.rtt + parts.cloud(n) + parts.down + parts.t_head
+    compute = parts.device_prompt(n) + parts.cloud_prompt(n) + parts.t_head
+    return compute + n * parts.up + parts.rtt + parts.down
 
 
 def ttft_chunked_limit(parts: LimitParts, prompt_tokens: int) -> float:
     """Time to first token that no chunk size can beat: the slowest of link, cloud and device works without a gap.
 
-    R + max(S h/B_u + t_c0, S beta, S s + h/B_u + t_c0) + h/B_d + t_h
+    R + max(S h/B_u + t_c0, S beta, S s + h/B_u + t_c0) + h/B_d + t_h; where the times of whole prompts were measured,
+    they stand for S beta and S s: chunks never need less compute than the best way to run the prompt.
     """
     n = prompt_tokens
     link = n * parts.up + parts.t_cloud
-    device = n * parts.s + parts.up + parts.t_cloud
-    return parts.rtt + max(link, n * parts.beta, device) + parts.down + parts.t_head
+    device = parts.device_prompt(n) + parts.up + parts.t_cloud
+    cloud = parts.cloud_prompt(n) if parts.cloud_prompts else n * parts.beta
+    return parts.rtt + max(link, cloud, device) + parts.down + parts.t_head
 
 
 def ttft_chunked(parts: LimitParts, prompt_tokens: int, chunk_tokens: int, chunk_cost: float = 0.0) -> float:

@@ -112,6 +112,29 @@ class BareModel:
         return logits
 
 
+class _Split:
+    """Input and middle layers of a bare model over a random text of some length."""
+
+    def __init__(self, bare: BareModel, input_layers: int, length: int) -> None:
+        self._bare = bare
+        self._low = device_layers(input_layers, bare.num_layers)
+        self._high = cloud_layers(input_layers, bare.num_layers)
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(bare.config.vocab_size, (length,), generator=generator)
+        self._positions = torch.arange(length)[None]
+        self._rows = self.shallow(0, length, DynamicCache())
+
+    def shallow(self, start: int, end: int, cache: DynamicCache) -> torch.Tensor:
+        """Embedding and input layers over the text's tokens start <= i < end."""
+        embedded, positions = self._bare.embed(self._ids[start:end]), self._positions[:, start:end]
+        return self._bare.layers(embedded, self._low.lo, self._low.hi, cache, start, positions)
+
+    def middle(self, start: int, end: int, cache: DynamicCache) -> torch.Tensor:
+        """Middle layers over the same rows."""
+        rows, positions = self._rows[:, start:end], self._positions[:, start:end]
+        return self._bare.layers(rows, self._high.lo, self._high.hi, cache, start, positions)
+
+
 @torch.inference_mode()
 def calibrate(
     folder: Path,
@@ -136,21 +159,9 @@ def calibrate(
         drafter: a file of `hat train-drafter`.
     """
     bare = BareModel(folder, DTYPES[dtype])
-    low, high = device_layers(input_layers, bare.num_layers), cloud_layers(input_layers, bare.num_layers)
     context = prompt_tokens if context_tokens is None else context_tokens
-    generator = torch.Generator().manual_seed(0)
-    length = max(prompt_tokens, context) + repeats + 2
-    ids = torch.randint(bare.config.vocab_size, (length,), generator=generator)
-    everywhere = torch.arange(length)[None]
-
-    def shallow(start: int, end: int, cache: DynamicCache) -> torch.Tensor:
-        return bare.layers(bare.embed(ids[start:end]), low.lo, low.hi, cache, start, everywhere[:, start:end])
-
-    rows = shallow(0, length, DynamicCache())
-
-    def middle(start: int, end: int, cache: DynamicCache) -> torch.Tensor:
-        return bare.layers(rows[:, start:end], high.lo, high.hi, cache, start, everywhere[:, start:end])
-
+    split = _Split(bare, input_layers, max(prompt_tokens, context) + repeats + 2)
+    shallow, middle = split.shallow, split.middle
     deep = middle(0, 1, DynamicCache())
     t_in = _one_token(shallow, context, repeats)
     return ComputeParts(
@@ -168,6 +179,31 @@ def calibrate(
         dtype=dtype,
         threads=torch.get_num_threads(),
     )
+
+
+@torch.inference_mode()
+def prompt_times(
+    folder: Path, input_layers: int, lengths: Sequence[int], dtype: str = "bfloat16", repeats: int = 3
+) -> dict[int, tuple[float, float]]:
+    """Seconds that (input layers, middle layers) need for a whole prompt of each length, in the fastest way.
+
+    The fastest of whole and of chunks of each of CHUNKS, and of the repeats.
+
+    Args:
+        folder: a whole model that transformers loads.
+        input_layers: layers on the device.
+        lengths: prompts' lengths in tokens.
+        dtype: "float32" or "bfloat16".
+        repeats: of each length and chunk size.
+    """
+    split = _Split(BareModel(folder, DTYPES[dtype]), input_layers, max(lengths))
+    return {
+        length: (
+            _per_token(split.shallow, length, repeats) * length,
+            _per_token(split.middle, length, repeats) * length,
+        )
+        for length in lengths
+    }
 
 
 @torch.inference_mode()
@@ -274,11 +310,12 @@ def _best(work: Callable[[], object], repeats: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a ComputeParts, or the times of whole passes, as JSON."""
+    """Print a ComputeParts, or the times of prompts or of whole passes, as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--input-layers", type=int, help="for the parts of a split model")
     parser.add_argument("--passes", metavar="N,N", help="instead: the whole model, passes of so many tokens")
+    parser.add_argument("--prompts", metavar="N,N", help="instead: whole prompts of so many tokens")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--context-tokens", type=int)
@@ -294,6 +331,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.input_layers is None:
         parser.error("--input-layers or --passes is needed")
+    if args.prompts:
+        counts = [int(count) for count in args.prompts.split(",")]
+        print(json.dumps(prompt_times(args.folder, args.input_layers, counts, args.dtype)))
+        return
     parts = calibrate(
         args.folder,
         args.input_layers,

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from hat_runtime.errors import ModelError, UsageError
-from hat_runtime.model.calibrate import BareModel, calibrate
+from hat_runtime.model.calibrate import BareModel, calibrate, prompt_times
 from tests.tiny_models import make_tiny_model
 
 
@@ -42,3 +42,9 @@ def test_what_cannot_be_calibrated_is_refused(tiny_llama: Path, tmp_path: Path) 
         calibrate(tiny_llama, 6)
     with pytest.raises(ModelError, match="more than one type"):
         calibrate(make_tiny_model("gemma3_text", tmp_path), 2)
+
+
+def test_whole_prompts_take_longer_the_longer_they_are(tiny_llama: Path) -> None:
+    times = prompt_times(tiny_llama, 2, (8, 900), "float32")
+    assert list(times) == [8, 900]
+    assert all(long > short > 0 for short, long in zip(times[8], times[900], strict=True))

@@ -94,3 +94,23 @@ def test_certain_acceptance() -> None:
     assert limits.accepted_tokens(1.0, 4) == 5
     assert limits.accepted_tokens(0.0, 4) == 1
     assert limits.tbt_pipelined(VICUNA, 1.0, T_DRAFT) == T_DRAFT
+
+
+def test_measured_prompts_stand_for_the_formulas_compute() -> None:
+    """A straight line between two lengths; no prompt takes less than the shortest; longer ones in proportion."""
+    measured = replace(
+        VICUNA,
+        cloud_prompts=((64, 0.040), (128, 0.060), (512, 0.200)),
+        device_prompts=((64, 0.008), (512, 0.050)),
+    )
+    assert [measured.cloud_prompt(n) for n in (10, 64, 96, 1024)] == pytest.approx(
+        [0.040, 0.040, 0.050, 0.400]
+    )
+    assert measured.device_prompt(288) == pytest.approx(0.029)
+    assert VICUNA.cloud_prompt(64) == VICUNA.t_cloud
+    assert VICUNA.device_prompt(288) == pytest.approx(288 * VICUNA.s)
+    more = 0.050 - VICUNA.t_cloud + measured.device_prompt(96) - 96 * VICUNA.s
+    grown = limits.ttft_unchunked(measured, 96) - limits.ttft_unchunked(VICUNA, 96)
+    assert grown == pytest.approx(more)
+    fast = replace(measured, rate_up=1e12)  # neither link nor device is slower than the cloud
+    assert limits.ttft_chunked_limit(fast, 512) == pytest.approx(0.020 + 0.200 + fast.down + fast.t_head)

@@ -12,6 +12,7 @@ from hat_runtime.cli.options import add_dtype, check_positive
 from hat_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from hat_runtime.cli.bench.hat_suite import Prompt
     from hat_runtime.cli.bench.outcome import Outcome
     from hat_runtime.emulation.spec import LinkSpec
 
@@ -39,7 +40,8 @@ LINKS = {
 PICOSPEC_LINKS = {"20 ms": "100mbit,20ms", "50 ms": "100mbit,50ms", "100 ms": "100mbit,100ms"}
 BALANCED = "transfer = compute"
 BALANCED_RTT_S = 0.020
-BALANCED_TOKENS = 1000
+PROMPT_LENGTHS = (16, 32, 64, 96, 128, 256, 512)
+"""In tokens: for these, and for the longest prompt, the limits' compute is measured."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +139,7 @@ def _hat_suite(args: argparse.Namespace) -> Outcome:
     from hat_runtime.cli.bench import hat_report
     from hat_runtime.cli.bench.hat_rows import make_rows
     from hat_runtime.cli.bench.hat_suite import SuiteConfig, measure, running_stand, summarise, warm_up
-    from hat_runtime.cli.limit_parts import bare_layers, limit_parts
+    from hat_runtime.cli.limit_parts import bare_layers, bare_prompts, limit_parts
     from hat_runtime.cli.processes import Children, exits_on_sigterm
     from hat_runtime.cli.split_pair import INPUT_LAYERS
     from hat_runtime.model.drafter import find_drafter
@@ -159,9 +161,11 @@ def _hat_suite(args: argparse.Namespace) -> Outcome:
     # The emulated link runs in this process: it must not compute on the cloud's core.
     os.sched_setaffinity(0, device)
     _say("measuring bare layers on one core each")
-    tokens = round(sum(map(len, prompts)) / len(prompts))
-    of_device = bare_layers(folder, input_layers, args.dtype, tokens, device, drafter=file)
-    of_cloud = bare_layers(folder, input_layers, args.dtype, tokens, cloud)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    of_device = bare_layers(folder, input_layers, args.dtype, longest, device, drafter=file)
+    of_cloud = bare_layers(folder, input_layers, args.dtype, longest, cloud)
+    lengths = [*(length for length in PROMPT_LENGTHS if length < longest), longest]
+    bare = bare_prompts(folder, input_layers, lengths, args.dtype, cloud)
     links = _links(args.link, of_cloud)
     config = SuiteConfig(
         folder, make_rows(drafter), device, cloud, input_layers, args.dtype, args.max_new_tokens
@@ -175,7 +179,7 @@ def _hat_suite(args: argparse.Namespace) -> Outcome:
         for name, link in links.items():
             _say(f"{name}: {link.describe()}")
             stand.set_link(link)
-            parts = limit_parts(of_device, of_cloud, link)
+            parts = limit_parts(of_device, of_cloud, link, bare)
             warm_up(stand, prompts[0], args.max_new_tokens)
             for count in sessions:
                 samples = measure(stand, prompts, count, args.max_new_tokens, _say)
@@ -244,8 +248,11 @@ def _prompts(args: argparse.Namespace, folder: Path) -> dict[str, list[list[int]
     return files
 
 
-def _in_turns(files: dict[str, list[list[int]]], limit: int) -> list[list[int]]:
-    return [prompt for group in zip(*files.values(), strict=False) for prompt in group][:limit]
+def _in_turns(files: dict[str, list[list[int]]], limit: int) -> list[Prompt]:
+    from hat_runtime.cli.bench.hat_suite import Prompt  # torch-free, but the command's module stays light
+
+    turns = zip(*([Prompt(ids, name) for ids in found] for name, found in files.items()), strict=False)
+    return [prompt for group in turns for prompt in group][:limit]
 
 
 COMMAND = Command("bench", "measure HAT against its limits on this machine", _configure, _run)

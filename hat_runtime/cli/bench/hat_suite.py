@@ -11,7 +11,7 @@ import json
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,19 @@ class SuiteConfig:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What is asked."""
+
+    ids: list[int]
+    source: str = ""
+    """Name of the file that it comes from: times to the first token are told apart by it."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One answer."""
 
+    source: str
     prompt_tokens: int
     completion_tokens: int
     ttft_s: float
@@ -113,7 +123,7 @@ def running_stand(
         yield Stand(plain, chunked, devices)
 
 
-def warm_up(stand: Stand, prompt: list[int], max_tokens: int) -> None:
+def warm_up(stand: Stand, prompt: Prompt, max_tokens: int) -> None:
     """What is done for the first time is slow everywhere; and drafting learns what it costs on this link."""
     for device in stand.devices:
         for _ in range(2):
@@ -121,7 +131,7 @@ def warm_up(stand: Stand, prompt: list[int], max_tokens: int) -> None:
 
 
 def measure(
-    stand: Stand, prompts: Sequence[list[int]], sessions: int, max_tokens: int, say: Callable[[str], None]
+    stand: Stand, prompts: Sequence[Prompt], sessions: int, max_tokens: int, say: Callable[[str], None]
 ) -> dict[str, list[Sample]]:
     """Every row answers every prompt, `sessions` at a time; by the row's name.
 
@@ -139,7 +149,7 @@ def measure(
     return found
 
 
-def _together(device: Device, prompts: Sequence[list[int]], max_tokens: int) -> list[Sample]:
+def _together(device: Device, prompts: Sequence[Prompt], max_tokens: int) -> list[Sample]:
     samples: list[Sample | None] = [None] * len(prompts)
     errors: list[HatError] = []
 
@@ -160,16 +170,17 @@ def _together(device: Device, prompts: Sequence[list[int]], max_tokens: int) -> 
     return [sample for sample in samples if sample is not None]
 
 
-def _ask(device: Device, prompt: list[int], max_tokens: int) -> Sample:
+def _ask(device: Device, prompt: Prompt, max_tokens: int) -> Sample:
     answer = stream_completion(
-        device.url, prompt, max_tokens=max_tokens, chunk_tokens=device.row.chunk_tokens
+        device.url, prompt.ids, max_tokens=max_tokens, chunk_tokens=device.row.chunk_tokens
     )
-    return _sample(answer)
+    return _sample(answer, prompt.source)
 
 
-def _sample(answer: Answer) -> Sample:
+def _sample(answer: Answer, source: str) -> Sample:
     usage, hat = answer.usage, answer.figures
     return Sample(
+        source,
         usage["prompt_tokens"],
         usage["completion_tokens"],
         hat["ttft_s"],
@@ -183,22 +194,35 @@ def _sample(answer: Answer) -> Sample:
 
 
 @dataclass(frozen=True)
+class Ttft:
+    """Times to the first token for the prompts of one file, in seconds."""
+
+    median_s: float
+    limit_s: float
+    """Median of the prompts' limits."""
+    over_limit: float
+    """Median of time / limit, prompt by prompt."""
+
+
+@dataclass(frozen=True)
 class Summary:
-    """A row on one link with a number of sessions. Times in seconds, medians over the prompts."""
+    """A row on one link with a number of sessions."""
 
     row: str
     features: list[str]
-    ttft_s: float
+    ttft: dict[str, Ttft]
+    """By the prompts' file."""
+    ttfts_s: list[float]
+    """Prompt by prompt: every row has the same prompts in the same order."""
     tbt_s: float
+    """Mean over all tokens."""
     tokens_a_round: float
     """Rounds of decoding; the prompt's is not one."""
     acceptance: float
     """Of a draft whose predecessors were right; a right alternative counts as one."""
     bytes_a_token: float
     """Both ways, of prompt and answer."""
-    ttft_limit_s: float
     tbt_limit_s: float
-    ttft_over_limit: float
     tbt_over_limit: float
 
 
@@ -207,24 +231,35 @@ def summarise(row: Row, samples: Sequence[Sample], parts: LimitParts, t_draft: f
     accepted = sum(sample.accepted for sample in samples)
     acceptance = accepted / max(1, sum(sample.positions for sample in samples))
     tbt_limit = row.tbt_limit(parts, acceptance, t_draft)
-    ttft_limits = [row.ttft_limit(parts, sample.prompt_tokens) for sample in samples]
     decoding = [sample for sample in samples if sample.completion_tokens > 1]
     steps = sum(sample.completion_tokens - 1 for sample in decoding)
     tbt = sum(sample.tbt_s * (sample.completion_tokens - 1) for sample in decoding) / max(1, steps)
     return Summary(
         row.name,
         sorted(row.features),
-        statistics.median(sample.ttft_s for sample in samples),
+        _ttfts(row, samples, parts),
+        [sample.ttft_s for sample in samples],
         tbt,
         steps / max(1, sum(sample.rounds - 1 for sample in decoding)),
         acceptance,
         sum(sample.bytes for sample in samples)
         / sum(sample.prompt_tokens + sample.completion_tokens for sample in samples),
-        statistics.median(ttft_limits),
         tbt_limit,
-        statistics.median(sample.ttft_s / limit for sample, limit in zip(samples, ttft_limits, strict=True)),
         tbt / tbt_limit,
     )
+
+
+def _ttfts(row: Row, samples: Sequence[Sample], parts: LimitParts) -> dict[str, Ttft]:
+    found = {}
+    for source in dict.fromkeys(sample.source for sample in samples):
+        own = [sample for sample in samples if sample.source == source]
+        limits = [row.ttft_limit(parts, sample.prompt_tokens) for sample in own]
+        found[source] = Ttft(
+            statistics.median(sample.ttft_s for sample in own),
+            statistics.median(limits),
+            statistics.median(sample.ttft_s / limit for sample, limit in zip(own, limits, strict=True)),
+        )
+    return found
 
 
 def as_json(results: Sequence[tuple[str, LinkSpec, int, LimitParts, list[Summary]]]) -> str:
@@ -235,7 +270,7 @@ def as_json(results: Sequence[tuple[str, LinkSpec, int, LimitParts, list[Summary
             "spec": str(link),
             "sessions": sessions,
             "parts": vars(parts),
-            "rows": [vars(summary) for summary in summaries],
+            "rows": [asdict(summary) for summary in summaries],
         }
         for name, link, sessions, parts, summaries in results
     ]
