@@ -3,10 +3,11 @@
     python benchmarks/chunking.py            some 15 minutes; writes docs/benchmarks/chunking.md
     python benchmarks/chunking.py --short    few prompts, two sizes, two phases; writes nothing
 
-The link steps from 5 to 80 to 20 Mbit/s, then 16 other sessions begin to decode. In each phase two devices that choose
-sizes by themselves (predictive, and HAT's balance) go first, with what they learnt in the phase before; then one of
-them is told each fixed size. Device and cloud have one core each. Last, others' time between tokens while a prompt of
-2,000 tokens is computed beside them: with chunks and the cloud's courtesy, and whole without it.
+The link steps from 5 to 80 to 20 Mbit/s, then 16 other sessions begin to decode. In each phase two devices that
+choose sizes by themselves (predictive, and HAT's balance) begin with what they learnt in the phase before and have a
+few prompts to adapt; then they and a third device that is told each fixed size take turns. Device and cloud have one
+core each. Last, others' time between tokens while a prompt of 2,000 tokens is computed beside them: with chunks and
+the cloud's courtesy, and whole without it.
 """
 
 from __future__ import annotations
@@ -52,12 +53,18 @@ RTT_S = 0.020
 SIZES = (32, 64, 128, 256, 512, 0)
 """0: whole."""
 POLICIES = ("predictive", "balance")
+FIXED = "fixed"
+"""The device that is told sizes."""
 APART = 2
 """Prompts after a step that do not count."""
 AWAY_S = 0.030
 """What other sessions' devices and links take between an answer and the next Step."""
-ALONE_S = 15.0
+ALONE_S = 10.0
 """Others decode for so long before a prompt comes."""
+SETTLE_S = 3.0
+"""After a prompt, and before the first, others get back to their pace for so long."""
+LONG_PROMPTS = 3
+"""Of 2,000 tokens, beside which others decode."""
 HISTORY = 200
 """Tokens of other sessions' texts."""
 
@@ -168,18 +175,16 @@ def main() -> int:
         address = served.cloud("0.25")
         with EmulatedLink(address, _link(PHASES[0])) as link:
             urls = {name: served.device(link.address, name) for name in POLICIES}
+            urls[FIXED] = served.device(link.address, POLICIES[0])
             results = {phase: _phase(args, phase, link, address, urls, prompts) for phase in args.phases}
             link.set_link(_link(Phase(80, 0)))
-            long = next(prompts) + next(prompts)
-            others = [
-                _others("chunks, prompts leave time to others", address, urls["predictive"], long, None)
-            ]
+            name = "chunks, prompts leave time to others"
+            others = [_others(name, address, urls[POLICIES[0]], prompts, args.long_prompts, None)]
         address = served.cloud("none")
         with EmulatedLink(address, _link(Phase(80, 0))) as link:
             url = served.device(link.address, "predictive")
-            others.append(
-                _others("whole, first come first served", address, url, next(prompts) + next(prompts), 0)
-            )
+            name = "whole, first come first served"
+            others.append(_others(name, address, url, prompts, args.long_prompts, 0))
     body = _body(results, others)
     print(body)
     if args.out:
@@ -246,20 +251,17 @@ def _phase(
     """All ways under the conditions of a phase."""
     progress(str(phase))
     link.set_link(_link(phase))
-    seen: dict[str, Seen] = {}
     with Load(address, phase.sessions) if phase.sessions else nullcontext():
-        for policy, url in urls.items():
+        for policy in POLICIES:
             for _ in range(APART):
-                _ask(url, next(prompts), None, Seen())
-            seen[policy] = Seen()
-            for _ in range(args.prompts):
-                _ask(url, next(prompts), None, seen[policy])
-            progress(f"  {policy}: {seen[policy].median_s:.3f} s with chunks of {seen[policy].chunks}")
-        for size in args.sizes:
-            seen[_name(size)] = Seen()
-        for _ in range(args.prompts):  # sizes take turns: a change of the machine's speed hits all alike
-            for size in args.sizes:
-                _ask(urls["predictive"], next(prompts), size, seen[_name(size)])
+                _ask(urls[policy], next(prompts), None, Seen())
+        ways: dict[str, tuple[str, int | None]] = {policy: (urls[policy], None) for policy in POLICIES}
+        ways |= {_name(size): (urls[FIXED], size) for size in args.sizes}
+        seen = {name: Seen() for name in ways}
+        for _ in range(args.prompts):  # all take turns: a change of the machine's speed hits all alike
+            for name, (url, size) in ways.items():
+                _ask(url, next(prompts), size, seen[name])
+        progress(", ".join(f"{name} {found.median_s:.3f} s" for name, found in seen.items()))
     return seen
 
 
@@ -275,18 +277,27 @@ def _name(size: int) -> str:
     return str(size) if size else "whole"
 
 
-def _others(name: str, address: str, url: str, prompt: list[int], chunk: int | None) -> Others:
-    """16 sessions decode for a while alone, then beside a long prompt."""
+def _others(
+    name: str, address: str, url: str, prompts: Iterator[list[int]], times: int, chunk: int | None
+) -> Others:
+    """16 sessions decode for a while alone, then beside a long prompt; so several times."""
     progress(f"others' time between tokens: {name}")
+    alone: list[float] = []
+    beside: list[float] = []
+    ttfts_s = []
     with Load(address, PHASES[-1].sessions) as load:
-        time.sleep(ALONE_S)
-        begun_s = time.monotonic()
-        ttft_s = stream_completion(url, prompt, max_tokens=1, chunk_tokens=chunk).figures["ttft_s"]
-        ended_s = time.monotonic()
-    settled_s = begun_s - 0.8 * ALONE_S
-    alone = [took for when, took in load.seen if settled_s < when < begun_s]
-    beside = [took for when, took in load.seen if begun_s <= when <= ended_s]
-    return Others(name, _percentiles(alone), _percentiles(beside), ttft_s)
+        time.sleep(SETTLE_S)
+        for _ in range(times):
+            calm_s = time.monotonic()
+            time.sleep(ALONE_S)
+            begun_s = time.monotonic()
+            prompt = next(prompts) + next(prompts)
+            ttfts_s.append(stream_completion(url, prompt, max_tokens=1, chunk_tokens=chunk).figures["ttft_s"])
+            ended_s = time.monotonic()
+            time.sleep(SETTLE_S)  # those that were answered late count too
+            alone += [took for when, took in load.seen if calm_s < when < begun_s]
+            beside += [took for when, took in load.seen if begun_s <= when <= ended_s + 0.1]
+    return Others(name, _percentiles(alone), _percentiles(beside), statistics.median(ttfts_s))
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:
@@ -314,6 +325,14 @@ def _body(results: dict[Phase, dict[str, Seen]], others: Sequence[Others]) -> st
         sum(statistics.mean(seen[name].ttft_s) for seen in results.values()) / len(results) for name in names
     ]
     rows.append(["mean of all", *(f"{value * 1e3:.0f}" for value in overall), "", "", "", ""])
+    best_of = [min(seen[name].median_s for name in fixed) for seen in results.values()]
+    over = [
+        statistics.geometric_mean(
+            seen[name].median_s / best for seen, best in zip(results.values(), best_of, strict=True)
+        )
+        for name in names
+    ]
+    rows.append(["to the best of each phase", *(f"{value:.2f} x" for value in over), "", "", "", ""])
     columns = ["phase", *names, "best fixed", "predictive / best", "balance / best", "predictive chose"]
     ratios = [ratio for seen in results.values() for ratio in seen["predictive"].predicted]
     off = statistics.median(abs(1 - ratio) for ratio in ratios) if ratios else float("nan")
@@ -338,8 +357,8 @@ def _body(results: dict[Phase, dict[str, Seen]], others: Sequence[Others]) -> st
     return (
         f"Time to first token in ms, medians:\n\n{table(columns, rows)}\n\nPredicted TTFT of `predictive` against the "
         f"measured one: {off:.0%} off at the median ({len(ratios)} prompts).\n\n"
-        f"Time between tokens of {PHASES[-1].sessions} sessions while a prompt of {2 * PROMPT:,} tokens is computed "
-        f"beside them:\n\n{table(heads, kept)}"
+        f"Time between tokens of {PHASES[-1].sessions} sessions while prompts of {2 * PROMPT:,} tokens are computed "
+        f"beside them, one at a time:\n\n{table(heads, kept)}"
     )
 
 
@@ -364,9 +383,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="2 prompts, two phases and sizes, no report")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="default docs/benchmarks/chunking.md")
     args = parser.parse_args()
-    args.phases, args.sizes = PHASES, SIZES
+    args.phases, args.sizes, args.long_prompts = PHASES, SIZES, LONG_PROMPTS
     if args.short:
-        args.prompts, args.phases, args.sizes = 2, (PHASES[1], PHASES[3]), (128, 0)
+        args.prompts, args.phases, args.sizes, args.long_prompts = 2, (PHASES[1], PHASES[3]), (128, 0), 1
     elif args.out is None:
         args.out = REPORTS / "chunking.md"
     return args

@@ -15,6 +15,8 @@ from hat_runtime.control.sharing import Decoder
 
 RETURN_MARGIN = 1.25
 """A session is due this many times its usual time away after its answer."""
+PAST = 0.8
+"""Weight of the past in the moving average."""
 PATIENCE = 1.5
 """A session that stays away so many times longer than usual decodes no more."""
 
@@ -26,6 +28,8 @@ class Pacing:
         self._config = config
         self._short_pass_s = 0.0
         """Duration of the latest pass without prompts."""
+        self._mixing_s = 0.0
+        """What passes with prompts and others took beyond what the cost model expected; moving average."""
         self.cost = CostFit()
         """What a pass costs, as seen lately."""
 
@@ -45,8 +49,12 @@ class Pacing:
         rows, cached = sum(planned.rows for planned in passes), sum(totals)
         predicted_s = self.cost.predicted_s(rows, pairs, cached)
         self.cost.observe(rows, pairs, total_s, cached)
-        if not any(self._config.is_prompt(planned.pieces[0].work) for planned in passes):
+        prompts = sum(self._config.is_prompt(planned.pieces[0].work) for planned in passes)
+        if not prompts:
             self._short_pass_s = forward_s
+        elif prompts < len(passes) and predicted_s is not None:
+            beyond_s = min(max(0.0, total_s - predicted_s), predicted_s)
+            self._mixing_s = PAST * self._mixing_s + (1 - PAST) * beyond_s
         return predicted_s
 
     def wait_s(self, sessions: Collection[Session], now: float) -> float:
@@ -76,9 +84,11 @@ class Pacing:
         most, courtesy = self._config.max_batch_tokens, self._config.courtesy
         if courtesy is None:
             return most
-        decoders, longest = self._decoders(sessions, now), self._longest(sessions)
+        decoders, cached = self._decoders(sessions, now), self._longest(sessions)
         alone = all(self._has_prompt(session) for session in sessions if session.queue)
-        return courtesy.prompt_rows(decoders, self.cost.fit(), longest, most, alone=alone)
+        return courtesy.prompt_rows(
+            decoders, self.cost.fit(), cached, most, alone=alone, mixing_s=self._mixing_s
+        )
 
     def _has_prompt(self, session: Session) -> bool:
         return bool(session.queue) and self._config.is_prompt(session.queue[0])
@@ -101,6 +111,7 @@ class Pacing:
         return found
 
     def _longest(self, sessions: Collection[Session]) -> int:
-        """Tokens that the longest text has when the prompt's Step that waits for a pass is over."""
-        heads = [session.queue[0] for session in sessions if self._has_prompt(session)]
-        return max((work.start_pos + work.n for work in heads), default=0)
+        """Tokens that are computed of the longest text whose prompt waits for a pass."""
+        return max(
+            (session.queue[0].position for session in sessions if self._has_prompt(session)), default=0
+        )

@@ -127,15 +127,26 @@ def accepted_tokens(acceptance: float, drafts: int) -> float:
     return (1 - acceptance ** (drafts + 1)) / (1 - acceptance)
 
 
-def tbt_synchronous(parts: LimitParts, acceptance: float, drafts: int, t_draft: float) -> float:
-    """Time between tokens when the device drafts, sends as it drafts, and waits for the check.
+def round_synchronous(parts: LimitParts, drafts: float, t_draft: float) -> float:
+    """Time of a round in which the device drafts, sends as it drafts, and waits for the check.
 
-    [max(n t_d + h/B_u, t_d + (n+1) h/B_u) + R + t_c0 + (n+1) h/B_d + t_h] / E(n)
+    max(n t_d + h/B_u, t_d + (n+1) h/B_u) + R + t_c0 + (n+1) h/B_d + t_h
+
+    Args:
+        parts: link and compute.
+        drafts: n, or its mean; 0: the plain loop, L1.
+        t_draft: t_d, seconds of a draft, its input layers included.
     """
     n = drafts
+    if not n:
+        return tbt_u_shape(parts)
     up = max(n * t_draft + parts.up, t_draft + (n + 1) * parts.up)
-    round_trip = up + parts.rtt + parts.t_cloud + (n + 1) * parts.down + parts.t_head
-    return round_trip / accepted_tokens(acceptance, n)
+    return up + parts.rtt + parts.t_cloud + (n + 1) * parts.down + parts.t_head
+
+
+def tbt_synchronous(parts: LimitParts, acceptance: float, drafts: int, t_draft: float) -> float:
+    """Time between tokens at `acceptance` with `drafts` drafts a round: `round_synchronous` / E(n)."""
+    return round_synchronous(parts, drafts, t_draft) / accepted_tokens(acceptance, drafts)
 
 
 def best_synchronous(

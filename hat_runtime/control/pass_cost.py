@@ -7,6 +7,7 @@ g = c0 + c1 new + c2 new total + c3 total: `new` tokens of texts that are `total
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -27,7 +28,14 @@ class PassCost:
         """Duration of a pass over `new` tokens of one text, which has `total` tokens afterwards."""
         return self.fixed_s + self.per_cached_s * total + (self.per_token_s + self.per_pair_s * total) * new
 
-    def most_new(self, seconds: float, total: int) -> int:
-        """Most new tokens, of a text that has `total` afterwards, in a pass of so many seconds; may be 0 or less."""
-        slope = self.per_token_s + self.per_pair_s * total
-        return 1 << 30 if slope <= 0 else int((seconds - self.fixed_s - self.per_cached_s * total) / slope)
+    def most_new(self, seconds: float, cached: int) -> int:
+        """Most new tokens, of a text that has `cached` tokens before, in a pass of so many seconds; may be 0 or less.
+
+        The larger root of c0 + c3 (cached + n) + (c1 + c2 (cached + n)) n = seconds.
+        """
+        slope = self.per_token_s + self.per_pair_s * cached + self.per_cached_s
+        left_s = seconds - self.fixed_s - self.per_cached_s * cached
+        if left_s <= 0:
+            return 0
+        most = 2 * left_s / (slope + math.sqrt(slope**2 + 4 * self.per_pair_s * left_s) or math.inf)
+        return min(1 << 30, int(most)) if most else 1 << 30

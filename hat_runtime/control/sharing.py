@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 from hat_runtime.control.pass_cost import PassCost
 
-RIDE = 0.7
-"""Of what is allowed: a pass with both costs more than the sum of its parts, for which the cost has no term."""
-
 
 @dataclass(frozen=True)
 class Decoder:
@@ -37,31 +34,41 @@ class Courtesy:
     """Rows of prompts that a pass has in any case, so that they come to an end."""
 
     def prompt_rows(
-        self, decoders: Sequence[Decoder], cost: PassCost | None, total: int, most: int, *, alone: bool
+        self,
+        decoders: Sequence[Decoder],
+        cost: PassCost | None,
+        cached: int,
+        most: int,
+        *,
+        alone: bool,
+        mixing_s: float = 0.0,
     ) -> int:
         """Most rows of prompts in the next pass.
 
         Args:
             decoders: all sessions that decode.
             cost: of a pass; None while it is not known.
-            total: tokens of the longest of the prompts' texts.
+            cached: tokens of the longest of the prompts' texts that are computed.
             most: what the pass has room for.
             alone: the pass would be the prompts' own.
+            mixing_s: what a pass with both takes beyond the sum of its parts, for which the cost has no term.
         """
         if cost is None or not decoders:
             return most
         if alone:
-            rows = cost.most_new(max(0.0, min(one.due_s for one in decoders)) + self._late_s(decoders), total)
+            seconds = max(0.0, min(one.due_s for one in decoders)) + self._late_s(decoders)
         else:
-            rows = cost.most_new(cost.fixed_s + RIDE * self._allowed_s(decoders), total)
-        return max(min(self.least_rows, most), min(most, rows))
+            seconds = cost.fixed_s + max(0.0, self._allowed_s(decoders) - mixing_s)
+        return max(min(self.least_rows, most), min(most, cost.most_new(seconds, cached)))
 
-    def wait_s(self, decoders: Sequence[Decoder], cost: PassCost | None, total: int) -> float:
+    def wait_s(self, decoders: Sequence[Decoder], cost: PassCost | None, cached: int) -> float:
         """How long prompts should wait for the next session that decodes, to ride along, instead of a pass now."""
         if cost is None or not decoders:
             return 0.0
         due_s = min(one.due_s for one in decoders)
-        fits = cost.seconds(self.least_rows, total) <= max(0.0, due_s) + self._late_s(decoders)
+        fits = cost.seconds(self.least_rows, cached + self.least_rows) <= max(0.0, due_s) + self._late_s(
+            decoders
+        )
         return 0.0 if fits else max(0.0, due_s)
 
     def _late_s(self, decoders: Sequence[Decoder]) -> float:

@@ -188,6 +188,8 @@ class Answer:
             future.set_exception(error)
             future.exception()  # whoever waits gets it; nobody waiting is no mistake
         self._sent_end = sent_end
+        if self._in_flight:
+            self._link.metrics.rounds_ahead.inc()
         self._in_flight.append(
             _Round(
                 future,
@@ -265,6 +267,8 @@ class Answer:
                 return
             turn = await self._model.turn(spec, None, plan, branch=branch)
             policy.learn(turn)
+            place = "tail" if branch is None else "branch"
+            self._link.metrics.drafts_ahead.labels(place).inc(turn.drafts)
             if not turn.drafts and branch is None:
                 sent = self._sent_end - len(spec.tokens)
                 if policy.send_ahead(spec, sent, len(self._in_flight)):

@@ -44,6 +44,17 @@ class DeviceMetrics:
         self.alternatives_accepted = Counter(
             "hat_alternatives_accepted", "Of these, tokens that the target agreed with.", registry=registry
         )
+        self.rounds_ahead = Counter(
+            "hat_rounds_ahead",
+            "Rounds of drafts that left before the one before them was answered.",
+            registry=registry,
+        )
+        self.drafts_ahead = Counter(
+            "hat_drafts_ahead",
+            "Tokens guessed while a round was checked, behind its last draft (tail) or another candidate (branch).",
+            ("place",),
+            registry=registry,
+        )
         self.drafting = Gauge(
             "hat_drafting",
             "1 while the device drafts; 0 where there is no drafter, or drafts do not pay.",

@@ -67,11 +67,18 @@ def usage(product: Product, prompt: str, max_tokens: int) -> dict[str, Any]:
 
 
 def metric(product: Product, name: str) -> float:
-    """A metric of the device without labels."""
+    """A metric of the device, NAME or NAME{label="value"}; 0 where nothing was counted with this label."""
     address = device(product)["status"]["podIP"]
     text = str(product.call(product.edge, f"http://{address}:8000/metrics"))
-    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-    return float(line.split()[1])
+    lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    assert lines or "{" in name, name
+    return float(lines[0].split()[1]) if lines else 0.0
+
+
+def sampled(product: Product) -> str:
+    """A text drawn with a seed at temperature 1."""
+    body = {"model": NAME, "prompt": LONG_PROMPT, "max_tokens": 32, "temperature": 1, "seed": 7}
+    return str(product.ask(NAME, "/v1/completions", body, timeout_s=200)["choices"][0]["text"])
 
 
 def test_every_field_reaches_the_process(drafting: Product) -> None:
@@ -119,6 +126,36 @@ def test_longer_drafts_take_fewer_rounds_and_a_threshold_ends_them(drafting: Pro
     assert usage(drafting, REPEATED, 96)["rounds"] > twelve["rounds"]
     change(drafting, speculation={"stopThreshold": None, "window": None})
     assert {"--stop-threshold", "--window"} & set(options(drafting)) == set()
+
+
+def test_the_window_lets_rounds_leave_before_the_answer(drafting: Product) -> None:
+    change(drafting, speculation={"maxDraft": 4, "window": 1, "branches": 1})
+    usage(drafting, REPEATED, 96)
+    assert metric(drafting, "hat_rounds_ahead_total") == 0
+    change(drafting, speculation={"window": 4})
+    usage(drafting, REPEATED, 96)
+    assert metric(drafting, "hat_rounds_ahead_total") > 0
+
+
+def test_branches_are_drafted_while_a_round_is_checked(drafting: Product) -> None:
+    """By the trained drafter, which names other candidates."""
+    tail, branch = (f'hat_drafts_ahead_total{{place="{place}"}}' for place in ("tail", "branch"))
+    seen = {}
+    for branches in (0, 1, 4):
+        change(drafting, speculation={"drafter": "feature", "window": 1, "branches": branches, "maxDraft": 2})
+        usage(drafting, LONG_PROMPT, 48)
+        seen[branches] = metric(drafting, tail) > 0, metric(drafting, branch) > 0
+    assert seen == {0: (False, False), 1: (True, False), 4: (True, True)}
+
+
+def test_the_sampler_says_how_drafts_are_judged(drafting: Product) -> None:
+    """Coupled texts are those without drafts; rejection's are others from the same distribution."""
+    change(drafting, speculation={"drafter": "feature", "sampler": "coupled"})
+    coupled = sampled(drafting)
+    change(drafting, speculation={"sampler": "rejection"})
+    assert sampled(drafting) != coupled
+    change(drafting, speculation={"drafter": "none", "sampler": "coupled"})
+    assert sampled(drafting) == coupled
 
 
 def test_alternatives_are_checked_as_many_as_are_wanted(drafting: Product) -> None:

@@ -103,6 +103,29 @@ async def test_drafts_are_accepted(
         assert cloud.metrics.registry.get_sample_value("hat_verify_passes_total") == rounds
 
 
+@pytest.mark.parametrize(
+    ("window", "branches", "ahead"),
+    [(1, 0, set()), (1, 1, {"tail"}), (1, 3, {"tail", "branch"}), (4, 1, {"rounds", "tail"})],
+)
+async def test_window_and_branches_say_what_is_done_while_a_round_is_checked(
+    tiny_llama: Path,
+    drafters: dict[str, str],
+    want: list[list[int]],
+    window: int,
+    branches: int,
+    ahead: set[str],
+) -> None:
+    config = DraftConfig(4, window=window, branches=branches, adaptive=False)
+    async with speculating(tiny_llama, drafters["model"], config, "100mbit,50ms") as (generator, _):
+        for prompt, text in zip(PROMPTS, want, strict=True):
+            assert await ids(generator, ask(generator, prompt, NEW)) == text
+        sample = generator.metrics.registry.get_sample_value
+        seen = {"rounds": sample("hat_rounds_ahead_total")} | {
+            place: sample("hat_drafts_ahead_total", {"place": place}) for place in ("tail", "branch")
+        }
+    assert {name for name, count in seen.items() if count} == ahead
+
+
 @pytest.mark.parametrize("link", ["", "100mbit,20ms"])
 @pytest.mark.parametrize("drafter", ["model", "feature"])
 async def test_a_right_alternative_gives_the_token_behind_it_as_well(

@@ -110,15 +110,28 @@ def test_no_cost_is_ever_negative(passes: list[tuple[int, int, float]]) -> None:
         assert min(found.fixed_s, found.per_token_s, found.per_pair_s, found.error) >= 0
 
 
-@given(st.floats(0, 1), st.floats(1e-6, 0.1), st.floats(0, 1e-4), st.integers(1, 8192), st.floats(0, 10))
+@given(
+    st.floats(0, 1),
+    st.floats(1e-6, 0.1),
+    st.floats(0, 1e-4),
+    st.floats(0, 1e-4),
+    st.integers(0, 8192),
+    st.floats(0, 10),
+)
 def test_the_most_that_fits_into_a_time_does(
-    fixed: float, per_token: float, per_pair: float, total: int, seconds: float
+    fixed: float, per_token: float, per_pair: float, per_cached: float, cached: int, seconds: float
 ) -> None:
-    cost = PassCost(fixed, per_token, per_pair)
-    most = cost.most_new(seconds, total)
-    if most > 0:
-        assert cost.seconds(most, total) <= seconds * (1 + 1e-6)
-        assert cost.seconds(most + 2, total) > seconds
+    cost = PassCost(fixed, per_token, per_pair, per_cached)
+    most = cost.most_new(seconds, cached)
+    assert most >= 0
+    if most:
+        assert cost.seconds(most, cached + most) <= seconds * (1 + 1e-6)
+        assert cost.seconds(most + 2, cached + most + 2) > seconds
+
+
+def test_a_pass_that_costs_nothing_has_room_for_everything() -> None:
+    assert PassCost(0.0, 0.0).most_new(1.0, 100) == 1 << 30
+    assert PassCost(0.5, 0.0).most_new(0.4, 100) == 0
 
 
 def test_predicts_a_pass_over_several_texts() -> None:

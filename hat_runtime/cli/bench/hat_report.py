@@ -27,8 +27,11 @@ def outcome(results: Sequence[Result]) -> Outcome:
 def _section(name: str, link: LinkSpec, sessions: int, parts: LimitParts, rows: list[Summary]) -> str:
     base = rows[0]
     heads = [f"TTFT {source} | limit | x".replace("TTFT  |", "TTFT |") for source in base.ttft]
-    lines = [f"| row | {' | '.join(heads)} | TBT | limit | x | tokens a round | acceptance | bytes a token |"]
-    lines.append("| --- |" + " --- |" * (3 * len(heads) + 6))
+    lines = [
+        f"| row | {' | '.join(heads)} | TBT | limit | x | round x | tokens, drafts a round | acceptance "
+        "| bytes a token |"
+    ]
+    lines.append("| --- |" + " --- |" * (3 * len(heads) + 7))
     for row in rows:
         first = " | ".join(
             f"{ttft.median_s * 1e3:.0f} ms | {ttft.limit_s * 1e3:.0f} | {ttft.over_limit:.2f}"
@@ -37,7 +40,8 @@ def _section(name: str, link: LinkSpec, sessions: int, parts: LimitParts, rows: 
         acceptance = f"{row.acceptance:.2f}" if "speculation" in row.features else ""
         lines.append(
             f"| {row.row} | {first} | {row.tbt_s * 1e3:.1f} ms | {row.tbt_limit_s * 1e3:.1f} | "
-            f"{row.tbt_over_limit:.2f} | {row.tokens_a_round:.2f} | {acceptance} | {row.bytes_a_token:,.0f} |"
+            f"{row.tbt_over_limit:.2f} | {row.round_over_limit:.2f} | {row.tokens_a_round:.2f}, "
+            f"{row.drafts_a_round:.2f} | {acceptance} | {row.bytes_a_token:,.0f} |"
         )
     less = [
         f"TTFT {1 - min(row.ttft[source].median_s for row in rows) / ttft.median_s:.0%} less on {source or 'them'}"

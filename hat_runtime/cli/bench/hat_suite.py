@@ -19,6 +19,7 @@ from hat_runtime.cli.bench.hat_rows import SERVER_CHUNK, Row
 from hat_runtime.cli.completions import Answer, stream_completion
 from hat_runtime.cli.processes import Child, Children, free_address, hat_command
 from hat_runtime.cli.split_pair import INPUT_LAYERS, READY_S
+from hat_runtime.control import limits
 from hat_runtime.control.limits import LimitParts
 from hat_runtime.emulation.link import EmulatedLink
 from hat_runtime.emulation.spec import LinkSpec
@@ -220,10 +221,14 @@ class Summary:
     """Rounds of decoding; the prompt's is not one."""
     acceptance: float
     """Of a draft whose predecessors were right; a right alternative counts as one."""
+    drafts_a_round: float
+    """Judged or dropped; without alternatives."""
     bytes_a_token: float
     """Both ways, of prompt and answer."""
     tbt_limit_s: float
     tbt_over_limit: float
+    round_over_limit: float
+    """A round's time over that of bare layers and link for as many drafts, made before it leaves."""
 
 
 def summarise(row: Row, samples: Sequence[Sample], parts: LimitParts, t_draft: float) -> Summary:
@@ -233,19 +238,24 @@ def summarise(row: Row, samples: Sequence[Sample], parts: LimitParts, t_draft: f
     tbt_limit = row.tbt_limit(parts, acceptance, t_draft)
     decoding = [sample for sample in samples if sample.completion_tokens > 1]
     steps = sum(sample.completion_tokens - 1 for sample in decoding)
-    tbt = sum(sample.tbt_s * (sample.completion_tokens - 1) for sample in decoding) / max(1, steps)
+    decoding_s = sum(sample.tbt_s * (sample.completion_tokens - 1) for sample in decoding)
+    rounds = max(1, sum(sample.rounds - 1 for sample in decoding))
+    drafts = sum(sample.drafted for sample in decoding) / rounds
+    tbt = decoding_s / max(1, steps)
     return Summary(
         row.name,
         sorted(row.features),
         _ttfts(row, samples, parts),
         [sample.ttft_s for sample in samples],
         tbt,
-        steps / max(1, sum(sample.rounds - 1 for sample in decoding)),
+        steps / rounds,
         acceptance,
+        drafts,
         sum(sample.bytes for sample in samples)
         / sum(sample.prompt_tokens + sample.completion_tokens for sample in samples),
         tbt_limit,
         tbt / tbt_limit,
+        decoding_s / rounds / limits.round_synchronous(parts, drafts, t_draft),
     )
 
 
@@ -253,11 +263,11 @@ def _ttfts(row: Row, samples: Sequence[Sample], parts: LimitParts) -> dict[str, 
     found = {}
     for source in dict.fromkeys(sample.source for sample in samples):
         own = [sample for sample in samples if sample.source == source]
-        limits = [row.ttft_limit(parts, sample.prompt_tokens) for sample in own]
+        bounds = [row.ttft_limit(parts, sample.prompt_tokens) for sample in own]
         found[source] = Ttft(
             statistics.median(sample.ttft_s for sample in own),
-            statistics.median(limits),
-            statistics.median(sample.ttft_s / limit for sample, limit in zip(own, limits, strict=True)),
+            statistics.median(bounds),
+            statistics.median(sample.ttft_s / limit for sample, limit in zip(own, bounds, strict=True)),
         )
     return found
 
