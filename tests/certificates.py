@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
 
 from hat_runtime.security.folder import TlsFolder
 from hat_runtime.security.pki import Authority, Issued
@@ -42,6 +47,26 @@ class Site:
 
     def device_folder(self, name: str = "jetson-1", **more: Any) -> TlsFolder:
         return TlsFolder(self.device(name, **more), DEVICE)
+
+
+def for_both_sides(issued: Issued, authority: Authority) -> Issued:
+    """The same certificate, but good for clients and for servers: an authority that cares less for usages than ours."""
+    old = issued.certificate
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(old.issuer)
+        .public_key(issued.key.public_key())
+        .serial_number(old.serial_number)
+        .not_valid_before(old.not_valid_before_utc)
+        .not_valid_after(old.not_valid_after_utc)
+    )
+    for extension in old.extensions:
+        value = extension.value
+        if isinstance(value, x509.ExtendedKeyUsage):
+            value = x509.ExtendedKeyUsage([Usage.CLIENT_AUTH, Usage.SERVER_AUTH])
+        builder = builder.add_extension(value, extension.critical)
+    return dataclasses.replace(issued, certificate=builder.sign(authority.key, hashes.SHA256()))
 
 
 def expired() -> dict[str, Any]:

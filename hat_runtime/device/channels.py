@@ -58,6 +58,16 @@ class Channels:
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
+    def newest(self) -> Material | None:
+        """What the channel for new streams was made with; None: without TLS."""
+        return self._newest.material
+
+    @property
+    def retired(self) -> int:
+        """Channels with an earlier certificate on which streams still live."""
+        return len(self._retired)
+
+    @property
     def material(self) -> Material | None:
         """What new connections are made with; None: without TLS."""
         return None if self._folder is None else self._folder.current()

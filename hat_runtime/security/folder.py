@@ -131,7 +131,10 @@ class TlsFolder:
             raise UsageError(f"{where}: {CERTIFICATE_FILE}: {error}") from error
         if identity.kind != self.kind:
             raise UsageError(f"{where}: {CERTIFICATE_FILE} is that of {identity}, which is no {self.kind}")
-        return Material(chain, key, authorities, certificate, identity)
+        material = Material(chain, key, authorities, certificate, identity)
+        if (reason := material.why_not_valid()) is not None:
+            log.warning("%s: the certificate of %s is of no use: %s", where, identity, reason)
+        return material
 
 
 def identity_of(certificate: x509.Certificate) -> SpiffeId:

@@ -55,9 +55,7 @@ def test_a_certificate_for_each_kind(
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
-def test_nothing_is_overwritten(
-    authority: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_overwritten(authority: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert issue(authority, out, "--device", "a") == 0
     before = {file: file.read_bytes() for folder in (out, authority) for file in folder.iterdir()}

@@ -100,11 +100,13 @@ def test_a_folder_that_is_not_usable_at_the_start(
 
 
 def test_a_certificate_of_another_kind(site: Site) -> None:
-    with pytest.raises(UsageError, match="spiffe://site.example/tenant/acme/device/jetson-1, which is no cloud"):
+    with pytest.raises(
+        UsageError, match=r"spiffe://site\.example/tenant/acme/device/jetson-1, which is no cloud"
+    ):
         TlsFolder(site.device(), CLOUD)
     path = site.device()
     (path / "tls.crt").write_bytes(site.authority.certificate.public_bytes(Encoding.PEM))
-    with pytest.raises(UsageError, match="tls.key is not the key"):
+    with pytest.raises(UsageError, match=r"tls\.key is not the key"):
         TlsFolder(path, DEVICE)
 
 
