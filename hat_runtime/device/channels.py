@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 
 from hat_runtime.proto.hat.v1 import runtime_pb2_grpc
+from hat_runtime.security.exposure import is_loopback
 from hat_runtime.security.folder import Material, TlsFolder
 from hat_runtime.security.tls import client_channel
 from hat_runtime.wire.frames import MAX_MESSAGE_BYTES
@@ -119,6 +120,6 @@ def _options(address: str) -> list[tuple[str, int]]:
         # A connection of its own for each channel: with another certificate, another connection.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if address.startswith(("127.", "localhost:", "[::1]")):
+    if is_loopback(address.rpartition(":")[0]):
         options.append(("grpc.enable_http_proxy", 0))
     return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -120,6 +121,9 @@ async def test_a_device_serves_through_mtls_until_it_is_denied(folder: Path, sit
         device_for(cloud, folder, tls=site.device()) as pair,
     ):
         assert (await pair.openai.chat.completions.create(**ask)).choices[0].message.content == want
+        for registry in (cloud.metrics.registry, pair.device.metrics.registry):
+            left = (registry.get_sample_value("hat_certificate_expiry_timestamp_seconds") or 0) - time.time()
+            assert 23 * 3600 < left <= 24 * 3600
         denied = [str(SpiffeId(TRUST_DOMAIN, "acme", DEVICE, "jetson-1"))]
         await admin(cloud, "/v1/denied", site.operator(), {"version": 1, "denied": denied})
         reply = await pair.http.post("/v1/chat/completions", json=ask)
