@@ -24,7 +24,7 @@ from tests.runtime.secured import admin, secured_cloud
 from tests.runtime.test_generator import Reference, make_prompts
 from tests.tiny_chat import make_tiny_chat_model
 
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ async def noticed() -> None:
 
 async def test_rotation_under_traffic_loses_no_answer(tiny_llama: Path, site: Site) -> None:
     """New certificates, then a new authority in the three steps that lose nothing; answers are greedy, in float32."""
-    prompts = make_prompts(6, seed=3, low=20, high=60)
+    prompts = make_prompts(4, seed=3, low=20, high=60)
     whole = Reference(tiny_llama)
     want = [whole.greedy(prompt, NEW_TOKENS) for prompt in prompts]
     old, new = site.authority, Authority.create(TRUST_DOMAIN)
