@@ -17,16 +17,18 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from hat_runtime import __version__
-from hat_runtime.cloud.admin import make_admin_app
+from hat_runtime.cloud.access import Access
+from hat_runtime.cloud.admin import control_routes, health_routes
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.policy import PolicyStore
+from hat_runtime.cloud.ports import add_grpc_port, serving_http
 from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
 from hat_runtime.cloud.tokens import MODE as PICOSPEC
-from hat_runtime.errors import HatError, UsageError
-from hat_runtime.http import bind, serving
+from hat_runtime.errors import UsageError
+from hat_runtime.http import bind
 from hat_runtime.model import hf
 from hat_runtime.model.attention import make_backend
 from hat_runtime.model.manifest import PartSpan, identity
@@ -35,6 +37,8 @@ from hat_runtime.model.speculation import TOP_K
 from hat_runtime.model.split import LayerRange, cloud_layers
 from hat_runtime.model.tokenizer_id import tokenizer_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.security.exposure import check_exposed
+from hat_runtime.security.metrics import measure_expiry
 from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire import codec, frames
 
@@ -74,7 +78,34 @@ class CloudConfig:
     drain_s: float = 5.0
     policy_file: Path | None = None
     """Chunk sizes to propose from the start on, until others are pushed."""
+    tls: Path | None = None
+    """Folder of --tls; None: without TLS."""
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    """Of the admin port; with TLS only."""
+    denied_file: Path | None = None
+    """Deny-list to start with; with TLS only."""
+    insecure: bool = False
+    """Without TLS: addresses need not be loopback."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.tls is None and self.denied_file is not None:
+            raise UsageError(
+                f"--denied-file {self.denied_file} needs --tls: without certificates nobody can be told apart"
+            )
+        for host, port, option in (
+            (self.host, self.port, "--listen"),
+            (self.http_host, self.http_port, "--http-listen"),
+        ):
+            check_exposed(
+                host,
+                port,
+                option,
+                protected=self.tls is not None,
+                needs="it needs --tls DIR",
+                insecure=self.insecure,
+            )
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,9 @@ class RunningCloud:
     address: str
     """HOST:PORT of the gRPC server."""
     admin_url: str
+    """Base URL of /v1/...; with TLS https, and another port than that of `http_url`."""
+    http_url: str
+    """Base URL of health and metrics."""
     identity: pb.ModelIdentity
     limits: pb.Limits
     engine: Engine
@@ -110,6 +144,9 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     if config.policy_file is not None:
         policy.start_from(config.policy_file)
     state: dict[str, str | None] = {"why": "the model is loading"}
+    access = Access.of(config.tls, config.denied_file)
+    if access.folder is not None:
+        measure_expiry(access.folder, metrics.registry)
     http_socket = bind(config.http_host, config.http_port, "--http-listen")
     bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
     engine: Engine | None = None
@@ -123,22 +160,22 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     def tuning() -> dict[str, Any]:
         return {} if service is None else service.tuning()
 
-    app = make_admin_app(metrics.registry, why_not_ready, devices, policy, tuning)
-    async with serving(app, http_socket) as admin_url:
+    health_side = health_routes(metrics.registry, why_not_ready)
+    control_side = control_routes(devices, policy, tuning)
+    admin = (config.admin_host, config.admin_port)
+    http = serving_http(health_side, control_side, http_socket, admin, access)
+    async with http as (http_url, admin_url):
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
-        service = RuntimeService(engine, served, metrics, devices, policy)
+        service = RuntimeService(engine, served, metrics, devices, policy, access)
         server = make_server(service)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server, pool=Default()
         )
-        try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
-        except RuntimeError as error:
-            raise HatError(f"--listen {config.host}:{config.port} cannot be listened on: {error}") from error
+        port = add_grpc_port(server, config.host, config.port, access)
         metrics.model.info(
             {"weights_id": loaded.identity.weights_id, "layers": f"{loaded.identity.lo}:{loaded.identity.hi}"}
             | {"dtype": config.dtype, "version": __version__}
@@ -148,10 +185,12 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         for name in ("", SERVICE):
             await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
         state["why"] = None
+        enforcing = asyncio.create_task(access.enforce(service.end_refused))
         try:
             address = f"{config.host}:{port}"
-            yield RunningCloud(address, admin_url, loaded.identity, limits, engine, metrics)
+            yield RunningCloud(address, admin_url, http_url, loaded.identity, limits, engine, metrics)
         finally:
+            enforcing.cancel()
             state["why"] = "draining"
             await health_service.enter_graceful_shutdown()
             service.drain(config.drain_s)

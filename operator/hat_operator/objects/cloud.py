@@ -55,7 +55,13 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     layers = hat.spec.input_layers
     args = ["cloud", "serve", "--model", files.path]
     args += ["--mode", "picospec"] if layers is None else ["--input-layers", str(layers)]
-    args += ["--listen", f"0.0.0.0:{names.GRPC_PORT}", "--http-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
+    args += [
+        "--listen",
+        f"0.0.0.0:{names.GRPC_PORT}",
+        "--http-listen",
+        f"0.0.0.0:{names.ADMIN_PORT}",
+        "--insecure",
+    ]
     args += ["--dtype", hat.spec.model.dtype, "--max-sessions", str(cloud.max_sessions)]
     args += ["--device", "cuda" if cloud.gpus else "cpu"]
     proposes = adaptive(hat.spec.mode, hat.spec.chunking)

@@ -89,7 +89,7 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
     files = pods.model_files(hat, hat.spec.device_claim, part, image, limits)
     picospec = hat.spec.mode == "picospec"
     args = ["device", "serve", "--model", files.path, "--cloud", endpoint]
-    args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}"]
+    args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}", "--insecure"]
     args += [] if picospec else _chunking(hat.spec.chunking)
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
     if picospec:
