@@ -89,7 +89,7 @@ def _cloud(
 ) -> list[dict[str, Any]]:
     name, namespace = names.cloud(hat), hat.namespace
     found = [cloud.service_account(hat, names.CLOUD, name, namespace)]
-    if hat.spec.network_policies:
+    if hat.spec.security.network_policies:
         found.append(policies.cloud(hat))
     found.append(cloud.service(hat, serving))
     if names.endpoint_per_revision(hat):
@@ -119,7 +119,7 @@ def _edge(
     name, namespace = names.edge(hat), names.edge_namespace(hat)
     endpoint = cloud_endpoint(hat, observed, wanted)
     found = [cloud.service_account(hat, names.EDGE, name, namespace)]
-    if hat.spec.network_policies:
+    if hat.spec.security.network_policies:
         dialled = {endpoint, *(observed.endpoints.get(revision) for revision in kept)}
         found.append(policies.edge(hat, sorted(filter(None, dialled))))
     found.append(edge.service(hat, spec))
