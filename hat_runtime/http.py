@@ -11,6 +11,8 @@ from typing import Any
 import uvicorn
 
 from hat_runtime.errors import HatError
+from hat_runtime.security.folder import TlsFolder
+from hat_runtime.security.https import CertifiedH11, NewestFiles
 
 
 def bind(host: str, port: int, option: str) -> socket.socket:
@@ -41,16 +43,22 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serving(
-    app: Callable[..., Any], bound: socket.socket, *, grace_s: float = 5.0
+    app: Callable[..., Any], bound: socket.socket, *, grace_s: float = 5.0, tls: TlsFolder | None = None
 ) -> AsyncIterator[str]:
-    """Serve `app` on a bound socket; gives the base URL. On exit, open requests get `grace_s` seconds to end."""
+    """Serve `app` on a bound socket; gives the base URL. On exit, open requests get `grace_s` seconds to end.
+
+    With `tls` it is HTTPS for clients with a certificate, which security.https.client_certificate tells.
+    """
     config = uvicorn.Config(
         app,
+        http="auto" if tls is None else CertifiedH11,
         log_config=None,
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(grace_s)),
     )
+    config.load()
+    config.ssl = None if tls is None else NewestFiles.of(tls)
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[bound]))
     try:
@@ -60,7 +68,8 @@ async def serving(
                 raise HatError("the HTTP server did not start; see the log")
             await asyncio.sleep(0.005)
         host, port = bound.getsockname()[:2]
-        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if tls is None else "https"
+        yield f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     finally:
         server.should_exit = True
         await task

@@ -14,6 +14,8 @@ from hat_runtime.errors import UsageError
 if TYPE_CHECKING:
     from hat_runtime.control.sharing import Courtesy
 
+DEFAULT_ADMIN = "127.0.0.1:7072"
+
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -37,8 +39,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--http-listen",
         default="127.0.0.1:7071",
         metavar="HOST:PORT",
-        help="/healthz, /readyz, /metrics, /v1/devices and /v1/policy, to which a policy of chunk sizes can be PUT: "
-        "keep it from strangers (default %(default)s)",
+        help="/healthz, /readyz and /metrics; without --tls also /v1/devices and /v1/policy, to which a policy of "
+        "chunk sizes can be PUT: keep it from strangers then (default %(default)s)",
+    )
+    options.add_tls(serve, "without --tls: listen elsewhere than on loopback all the same")
+    serve.add_argument(
+        "--admin-listen",
+        metavar="HOST:PORT",
+        help="with --tls: /v1/devices, /v1/policy and /v1/denied by HTTPS, for operators' certificates "
+        f"(default {DEFAULT_ADMIN})",
+    )
+    serve.add_argument(
+        "--denied-file",
+        type=Path,
+        metavar="FILE",
+        help="with --tls: a deny-list to start with, JSON as PUT /v1/denied takes it; one that is missing is logged",
     )
     serve.add_argument(
         "--policy-file",
@@ -93,6 +108,9 @@ def _serve(args: argparse.Namespace) -> int:
     log.setup(args.log_level, args.log_format)
     host, port = options.parse_host_port(args.listen, "--listen")
     http_host, http_port = options.parse_host_port(args.http_listen, "--http-listen")
+    if args.admin_listen is not None and args.tls is None:
+        raise UsageError(f"--admin-listen {args.admin_listen} goes with --tls; without it see --http-listen")
+    admin_host, admin_port = options.parse_host_port(args.admin_listen or DEFAULT_ADMIN, "--admin-listen")
     for option in ("page_tokens", "max_sessions", "max_batch_tokens", "threads"):
         options.check_positive(getattr(args, option), "--" + option.replace("_", "-"))
     config = CloudConfig(
@@ -103,6 +121,11 @@ def _serve(args: argparse.Namespace) -> int:
         port=port,
         http_host=http_host,
         http_port=http_port,
+        tls=args.tls,
+        admin_host=admin_host,
+        admin_port=admin_port,
+        denied_file=args.denied_file,
+        insecure=args.insecure,
         dtype=args.dtype,
         device=args.device,
         attention=args.attention,
@@ -123,7 +146,8 @@ def _serve(args: argparse.Namespace) -> int:
             spare_collector()
             print(
                 f"hat cloud: layers {cloud.identity.lo}:{cloud.identity.hi} on {cloud.address}, "
-                f"health and metrics on {cloud.admin_url}",
+                f"health and metrics on {cloud.http_url}"
+                + (f", admin port {cloud.admin_url}" if config.tls is not None else ""),
                 flush=True,
             )
             await wait_for_termination()

@@ -13,6 +13,7 @@ from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import (
     add_dtype,
     add_logging,
+    add_tls,
     add_uplink_codec,
     check_positive,
     parse_host_port,
@@ -21,9 +22,9 @@ from hat_runtime.cli.options import (
 
 EXAMPLES = """\
 examples:
-  hat device serve --model ./smollm2 --cloud 10.0.0.5:7070
-  hat device serve --model ./smollm2 --cloud 10.0.0.5:7070 --listen 0.0.0.0:8000 --api-key-file keys.txt
-  hat device serve --mode picospec --draft-model ./small --model ./smollm2 --cloud 10.0.0.5:7070
+  hat device serve --model ./smollm2 --cloud 127.0.0.1:7070
+  hat device serve --model ./smollm2 --cloud 10.0.0.5:7070 --tls ./tls --listen 0.0.0.0:8000 --api-key-file keys.txt
+  hat device serve --mode picospec --draft-model ./small --model ./smollm2 --cloud 10.0.0.5:7070 --tls ./tls
 
 Then talk to it with any OpenAI client whose base URL is http://HOST:PORT/v1.
 """
@@ -52,7 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--listen",
         default="127.0.0.1:8000",
         metavar="HOST:PORT",
-        help="where to serve the API (default %(default)s)",
+        help="where to serve the API; elsewhere than on loopback it needs --api-key-file (default %(default)s)",
+    )
+    add_tls(
+        serve,
+        "reach a cloud that is not on loopback without --tls, and serve the API elsewhere without --api-key-file",
     )
     add_chunking(serve)
     add_drafting(serve)
@@ -106,7 +111,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="keys that clients must send as `Authorization: Bearer KEY`, one a line (default: none needed)",
+        help="keys that clients must send as `Authorization: Bearer KEY`, one a line, # for comments; "
+        "read again when they change (default: none needed)",
     )
     serve.add_argument(
         "--grace",
@@ -161,6 +167,8 @@ def run_serve(args: argparse.Namespace) -> int:
         max_concurrent=args.max_concurrent,
         max_waiting=args.max_waiting,
         api_key_file=args.api_key_file,
+        tls=args.tls,
+        insecure=args.insecure,
         grace_s=args.grace,
         cloud_wait_s=math.inf,
         drafter=args.drafter,

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hat_runtime.cli.command import Command
-from hat_runtime.cli.options import add_dtype, parse_host_port
+from hat_runtime.cli.options import add_dtype, add_tls, parse_host_port
+from hat_runtime.security.exposure import check_dialled
+from hat_runtime.security.spiffe import DEVICE
 
 if TYPE_CHECKING:
     from hat_runtime.device.link import CloudLink
     from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+    from hat_runtime.security.folder import Material, TlsFolder
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Finding:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--cloud", required=True, metavar="HOST:PORT", help="where `hat cloud serve` listens")
+    add_tls(parser, "reach a cloud that is not on loopback without --tls")
     parser.add_argument(
         "--model",
         type=Path,
@@ -50,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if one of them is a failure."""
     import asyncio
 
+    from hat_runtime.security.folder import TlsFolder
+
     parse_host_port(args.cloud, "--cloud")
-    findings = asyncio.run(examine(args.cloud, args.model, args.dtype, args.timeout))
+    check_dialled(args.cloud, args.tls, insecure=args.insecure)
+    tls = None if args.tls is None else TlsFolder(args.tls, DEVICE)
+    findings = asyncio.run(examine(args.cloud, args.model, args.dtype, args.timeout, tls))
     healthy = all(finding.ok for finding in findings)
     if args.json:
         print(json.dumps({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, indent=1))
@@ -63,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if healthy else 1
 
 
-async def examine(cloud: str, model: Path | None, dtype: str, timeout_s: float = 10.0) -> list[Finding]:
+async def examine(
+    cloud: str, model: Path | None, dtype: str, timeout_s: float = 10.0, tls: TlsFolder | None = None
+) -> list[Finding]:
     """All findings, in the order in which they depend on each other; the first failure to reach the cloud ends it.
 
     Args:
@@ -71,21 +81,35 @@ async def examine(cloud: str, model: Path | None, dtype: str, timeout_s: float =
         model: folder to compare, or None.
         dtype: compute dtype that this device would use.
         timeout_s: longest wait for one answer.
+        tls: certificates; None: without TLS.
     """
     from hat_runtime.device.link import CloudLink
+    from hat_runtime.device.refusals import DeviceForbidden
     from hat_runtime.errors import CloudUnavailable, HandshakeError
 
-    link = CloudLink(cloud, timeout_s=timeout_s)
+    link = CloudLink(cloud, timeout_s=timeout_s, tls=tls)
+    certificate = [] if tls is None else [_certificate(tls.current())]
     try:
         try:
             description = await link.describe()
         except CloudUnavailable as error:
             fix = f"start `hat cloud serve` there, or correct --cloud {cloud}; look for a firewall between"
-            return [Finding("reachable", False, str(error), fix)]
+            return [*certificate, Finding("reachable", False, str(error), fix)]
+        except DeviceForbidden as error:
+            fix = "let the cloud's operator look at its deny-list and at the tenant of this device's certificate"
+            return [
+                *certificate,
+                Finding("reachable", True, cloud),
+                Finding("allowed", False, str(error), fix),
+            ]
         except HandshakeError as error:
             fix = "give the gRPC port of a HAT cloud of the same major version"
-            return [Finding("reachable", True, cloud), Finding("protocol", False, str(error), fix)]
-        findings = [Finding("reachable", True, cloud), *_software(description)]
+            return [
+                *certificate,
+                Finding("reachable", True, cloud),
+                Finding("protocol", False, str(error), fix),
+            ]
+        findings = [*certificate, Finding("reachable", True, cloud), *_software(description)]
         findings += await _link(link)
         findings.append(_pages(description))
         if model is not None:
@@ -93,6 +117,13 @@ async def examine(cloud: str, model: Path | None, dtype: str, timeout_s: float =
         return findings
     finally:
         await link.close()
+
+
+def _certificate(material: Material) -> Finding:
+    end = material.certificate.not_valid_after_utc
+    reason = material.why_not_valid()
+    text = f"{material.identity}, " + (reason or f"good until {end:%Y-%m-%d %H:%M:%S} UTC")
+    return Finding("certificate", reason is None, text, "have it renewed, or correct this machine's clock")
 
 
 def _software(description: pb.DescribeReply) -> list[Finding]:

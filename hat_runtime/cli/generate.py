@@ -13,9 +13,16 @@ from hat_runtime.cli import picospec_options
 from hat_runtime.cli.chunking_options import add_chunking, chunking_config
 from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
-from hat_runtime.cli.options import add_dtype, add_uplink_codec, parse_host_port, parse_uplink_codec
+from hat_runtime.cli.options import (
+    add_dtype,
+    add_tls,
+    add_uplink_codec,
+    parse_host_port,
+    parse_uplink_codec,
+)
 from hat_runtime.cli.progress import ProgressBar
 from hat_runtime.errors import UsageError
+from hat_runtime.security.exposure import check_dialled
 from hat_runtime.wire.codec_choice import RAW
 
 if TYPE_CHECKING:
@@ -60,6 +67,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--local", action="store_true", help="the whole model here, without HAT: the reference"
     )
+    add_tls(parser, "reach a cloud that is not on loopback without --tls")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens (default 128)"
     )
@@ -122,6 +130,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError("--local sends nothing; --uplink-codec goes with --cloud")
     else:
         parse_host_port(args.cloud, "--cloud")
+        check_dialled(args.cloud, args.tls, insecure=args.insecure)
         parse_uplink_codec(args.uplink_codec)
 
 
@@ -164,7 +173,10 @@ async def _answer_through_cloud(
     from hat_runtime.device.sampling import SamplingParams
     from hat_runtime.device.token_connect import connect_tokens
     from hat_runtime.model.hf import context_length, load_tokenizer
+    from hat_runtime.security.folder import TlsFolder
+    from hat_runtime.security.spiffe import DEVICE
 
+    tls = None if args.tls is None else TlsFolder(args.tls, DEVICE)
     options = BulkOptions(
         max_new_tokens=args.max_new_tokens,
         sampling=SamplingParams(args.temperature, args.top_p, args.seed),
@@ -196,6 +208,7 @@ async def _answer_through_cloud(
             config=config,
             kv_tokens=kv_tokens,
             speculation=speculation,
+            tls=tls,
         )
     else:
         generator = await connect(
@@ -206,6 +219,7 @@ async def _answer_through_cloud(
             config=config,
             drafter=args.drafter,
             kv_tokens=kv_tokens,
+            tls=tls,
         )
     answers = answer_all(generator, encoded, options)
     try:

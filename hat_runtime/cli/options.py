@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from hat_runtime.errors import UsageError
@@ -37,6 +38,18 @@ def add_uplink_codec(parser: argparse.ArgumentParser) -> None:
 def parse_uplink_codec(value: str) -> CodecChoice:
     """The value of --uplink-codec. Raises UsageError, which echoes it and lists the codecs."""
     return CodecChoice.parse(value, "--uplink-codec")
+
+
+def add_tls(parser: argparse.ArgumentParser, insecure: str) -> None:
+    """--tls and --insecure; `insecure` says what the latter allows."""
+    parser.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="mutual TLS with tls.crt, tls.key and ca.crt of this folder, which are read again when they change: "
+        "docs/operations.md, Certificates",
+    )
+    parser.add_argument("--insecure", action="store_true", help=insecure)
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hat_runtime.errors import UsageError
+from hat_runtime.security.keys import read_keys
 
 PATH = "/v1/hat/stats"
 TIMEOUT_S = 5.0
@@ -142,13 +143,10 @@ def read_key(path: Path) -> str:
     Raises:
         UsageError: it cannot be read, or has none.
     """
-    try:
-        lines = path.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file {path} cannot be read: {error}") from error
-    if not lines:
+    keys = read_keys(path)
+    if not keys:
         raise UsageError(f"--api-key-file {path} has no key in it")
-    return lines[0]
+    return keys[0]
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -1,41 +1,46 @@
-"""The cloud's HTTP side: health, readiness, metrics, the list of devices, and the policy of chunk sizes."""
+"""The cloud's HTTP side.
+
+Health, readiness and metrics for everybody; for its operator the list of devices, the policy of chunk sizes and the
+deny-list.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hat_runtime.cloud.access import Access, Denied, OlderDenyList
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.policy import OlderPolicy, PolicyStore
-from hat_runtime.control.published import MAX_BYTES, PolicyError
+from hat_runtime.control.published import MAX_BYTES as POLICY_BYTES
+from hat_runtime.control.published import PolicyError
+from hat_runtime.security.denied import MAX_BYTES as DENIED_BYTES
+from hat_runtime.security.denied import DeniedError
+from hat_runtime.security.folder import identity_of
+from hat_runtime.security.https import client_certificate
+from hat_runtime.security.spiffe import OPERATOR, IdentityError
+
+log = logging.getLogger(__name__)
 
 
-def make_admin_app(
-    registry: CollectorRegistry,
-    why_not_ready: Callable[[], str | None],
-    devices: DeviceTable,
-    policy: PolicyStore,
-    tuning: Callable[[], Mapping[str, Any]],
-) -> Starlette:
-    """The app behind --http-listen.
+def health_routes(
+    registry: CollectorRegistry, why_not_ready: Callable[[], str | None]
+) -> Sequence[BaseRoute]:
+    """What kubelet and Prometheus ask for.
 
     /healthz answers 200 while the process works, /readyz 200 when it serves and 503 with the reason when it does not,
-    /metrics in Prometheus' text format, /v1/devices a row of figures for each device and what `tuning` gives.
-    /v1/policy shows the policy in effect and takes another one by PUT: 200 with it, 400 names the field that is wrong,
-    409 says that it is not newer, 413 that it is too long.
+    /metrics in Prometheus' text format.
 
     Args:
         registry: whose metrics are shown.
         why_not_ready: None when ready, else the reason.
-        devices: who was heard lately.
-        policy: of chunk sizes.
-        tuning: further facts for those who choose chunk sizes.
     """
 
     async def healthz(_: Request) -> Response:
@@ -52,36 +57,104 @@ def make_admin_app(
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
+
+
+def control_routes(
+    devices: DeviceTable, policy: PolicyStore, tuning: Callable[[], Mapping[str, Any]]
+) -> Sequence[BaseRoute]:
+    """What the operator reads and writes.
+
+    /v1/devices is a row of figures for each device and what `tuning` gives. /v1/policy shows the policy in effect and
+    takes another one by PUT: 200 with it, 400 names the field that is wrong, 409 says that it is not newer, 413 that it
+    is too long.
+
+    Args:
+        devices: who was heard lately.
+        policy: of chunk sizes.
+        tuning: further facts for those who choose chunk sizes.
+    """
+
     async def device_rows(_: Request) -> Response:
         return JSONResponse({"devices": devices.rows(), "policy_version": policy.policy.version, **tuning()})
 
-    async def show_policy(_: Request) -> Response:
-        return Response(policy.policy.to_json(), media_type="application/json")
+    def put_policy(body: bytes) -> str:
+        try:
+            return policy.put(body).to_json()
+        except PolicyError as error:
+            raise _Refused(400, error.path, error.shown, str(error)) from error
+        except OlderPolicy as error:
+            raise _Refused(409, "version", str(policy.policy.version), str(error)) from error
 
-    async def put_policy(request: Request) -> Response:
+    return [
+        Route("/v1/devices", device_rows),
+        *_document("policy", POLICY_BYTES, lambda: policy.policy.to_json(), put_policy),
+    ]
+
+
+def denied_routes(denied: Denied) -> Sequence[BaseRoute]:
+    """/v1/denied: shows and takes the deny-list, in the manner of /v1/policy."""
+
+    def put_list(body: bytes) -> str:
+        try:
+            return denied.put(body).to_json()
+        except DeniedError as error:
+            raise _Refused(400, error.path, error.shown, str(error)) from error
+        except OlderDenyList as error:
+            raise _Refused(409, "version", str(denied.list.version), str(error)) from error
+
+    return _document("denied", DENIED_BYTES, lambda: denied.list.to_json(), put_list)
+
+
+def operators_only(app: ASGIApp, access: Access) -> ASGIApp:
+    """`app` for those whose certificate is that of an operator of the cloud's own tenant; 403 for all others."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        try:
+            certificate = client_certificate(scope)
+            identity = identity_of(certificate)
+            reason = access.why_not(identity, certificate.serial_number, OPERATOR)
+            shown = str(identity)
+        except (ValueError, IdentityError) as error:
+            reason, shown = str(error), ""
+        if reason is not None:
+            log.warning("%s of the admin port refused: %s", scope["path"], reason)
+            await _refusal(403, "certificate", shown, reason)(scope, receive, send)
+            return
+        await app(scope, receive, send)
+
+    return checked
+
+
+class _Refused(Exception):
+    """A document that is not taken: status, field, its value, what is wrong."""
+
+
+def _document(
+    name: str, longest: int, show: Callable[[], str], put: Callable[[bytes], str]
+) -> Sequence[BaseRoute]:
+    """GET and PUT of /v1/NAME, a JSON text of at most `longest` bytes; `put` takes one or raises _Refused."""
+
+    def reply(text: str) -> Response:
+        return Response(text, media_type="application/json")
+
+    async def get(_: Request) -> Response:
+        return reply(show())
+
+    async def take(request: Request) -> Response:
         body = bytearray()
         async for part in request.stream():
             body += part
-            if len(body) > MAX_BYTES:
-                return _refusal(413, "policy", f"more than {MAX_BYTES} bytes", "is too long")
+            if len(body) > longest:
+                return _refusal(413, name, f"more than {longest} bytes", "is too long")
         try:
-            policy.put(bytes(body))
-        except PolicyError as error:
-            return _refusal(400, error.path, error.shown, str(error))
-        except OlderPolicy as error:
-            return _refusal(409, "version", str(policy.policy.version), str(error))
-        return await show_policy(request)
+            return reply(put(bytes(body)))
+        except _Refused as error:
+            return _refusal(*error.args)
 
-    return Starlette(
-        routes=[
-            Route("/healthz", healthz),
-            Route("/readyz", readyz),
-            Route("/metrics", metrics),
-            Route("/v1/devices", device_rows),
-            Route("/v1/policy", show_policy, methods=["GET"]),
-            Route("/v1/policy", put_policy, methods=["PUT"]),
-        ]
-    )
+    return [Route(f"/v1/{name}", get, methods=["GET"]), Route(f"/v1/{name}", take, methods=["PUT"])]
 
 
 def _refusal(status: int, field: str, value: str, message: str) -> Response:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import torch
 from google.protobuf.descriptor_pool import Default
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 
 from hat_runtime import __version__
-from hat_runtime.cloud.admin import make_admin_app
+from hat_runtime.cloud.access import Access
+from hat_runtime.cloud.admin import control_routes, denied_routes, health_routes, operators_only
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
@@ -35,6 +38,10 @@ from hat_runtime.model.speculation import TOP_K
 from hat_runtime.model.split import LayerRange, cloud_layers
 from hat_runtime.model.tokenizer_id import tokenizer_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.security.exposure import check_exposed
+from hat_runtime.security.folder import TlsFolder
+from hat_runtime.security.spiffe import CLOUD
+from hat_runtime.security.tls import server_credentials
 from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire import codec, frames
 
@@ -74,7 +81,29 @@ class CloudConfig:
     drain_s: float = 5.0
     policy_file: Path | None = None
     """Chunk sizes to propose from the start on, until others are pushed."""
+    tls: Path | None = None
+    """Folder of --tls; None: without TLS."""
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    """Of the admin port; with TLS only."""
+    denied_file: Path | None = None
+    """Deny-list to start with; with TLS only."""
+    insecure: bool = False
+    """Without TLS: addresses need not be loopback."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.tls is None and self.denied_file is not None:
+            raise UsageError(
+                f"--denied-file {self.denied_file} needs --tls: without certificates nobody can be told apart"
+            )
+        for host, port, option in (
+            (self.host, self.port, "--listen"),
+            (self.http_host, self.http_port, "--http-listen"),
+        ):
+            protected = self.tls is not None
+            needs = "it needs --tls DIR"
+            check_exposed(host, port, option, protected=protected, needs=needs, insecure=self.insecure)
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,9 @@ class RunningCloud:
     address: str
     """HOST:PORT of the gRPC server."""
     admin_url: str
+    """Base URL of /v1/...; with TLS https, and another port than that of `http_url`."""
+    http_url: str
+    """Base URL of health and metrics."""
     identity: pb.ModelIdentity
     limits: pb.Limits
     engine: Engine
@@ -110,6 +142,7 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     if config.policy_file is not None:
         policy.start_from(config.policy_file)
     state: dict[str, str | None] = {"why": "the model is loading"}
+    access = _access(config)
     http_socket = bind(config.http_host, config.http_port, "--http-listen")
     bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
     engine: Engine | None = None
@@ -123,12 +156,24 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     def tuning() -> dict[str, Any]:
         return {} if service is None else service.tuning()
 
-    app = make_admin_app(metrics.registry, why_not_ready, devices, policy, tuning)
-    async with serving(app, http_socket) as admin_url:
+    health_side = health_routes(metrics.registry, why_not_ready)
+    control_side = control_routes(devices, policy, tuning)
+    async with AsyncExitStack() as stack:
+        if access.folder is None:
+            app = Starlette(routes=[*health_side, *control_side])
+            http_url = admin_url = await stack.enter_async_context(serving(app, http_socket))
+        else:
+            admin_socket = bind(config.admin_host, config.admin_port, "--admin-listen")
+            admin_app = Starlette(routes=[*control_side, *denied_routes(access.denied)])
+            http_app = Starlette(routes=health_side)
+            http_url = await stack.enter_async_context(serving(http_app, http_socket))
+            admin_url = await stack.enter_async_context(
+                serving(operators_only(admin_app, access), admin_socket, tls=access.folder)
+            )
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
-        service = RuntimeService(engine, served, metrics, devices, policy)
+        service = RuntimeService(engine, served, metrics, devices, policy, access)
         server = make_server(service)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -136,7 +181,7 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server, pool=Default()
         )
         try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
+            port = _add_port(server, f"{config.host}:{config.port}", access.folder)
         except RuntimeError as error:
             raise HatError(f"--listen {config.host}:{config.port} cannot be listened on: {error}") from error
         metrics.model.info(
@@ -148,15 +193,32 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         for name in ("", SERVICE):
             await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
         state["why"] = None
+        enforcing = asyncio.create_task(access.enforce(service.end_refused))
         try:
             address = f"{config.host}:{port}"
-            yield RunningCloud(address, admin_url, loaded.identity, limits, engine, metrics)
+            yield RunningCloud(address, admin_url, http_url, loaded.identity, limits, engine, metrics)
         finally:
+            enforcing.cancel()
             state["why"] = "draining"
             await health_service.enter_graceful_shutdown()
             service.drain(config.drain_s)
             await server.stop(config.drain_s)
             await asyncio.to_thread(engine.stop)
+
+
+def _access(config: CloudConfig) -> Access:
+    if config.tls is None:
+        return Access()
+    access = Access(TlsFolder(config.tls, CLOUD))
+    if config.denied_file is not None:
+        access.denied.start_from(config.denied_file)
+    return access
+
+
+def _add_port(server: grpc.aio.Server, address: str, folder: TlsFolder | None) -> int:
+    if folder is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, server_credentials(folder))
 
 
 def _load(config: CloudConfig) -> _Loaded:

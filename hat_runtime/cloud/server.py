@@ -15,12 +15,13 @@ from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
 from hat_runtime.cloud import tokens
+from hat_runtime.cloud.access import Access
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
-from hat_runtime.cloud.peer import Peer, peer_of
+from hat_runtime.cloud.peer import Peer, connected, peer_of
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, Want
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
@@ -117,9 +118,11 @@ class RuntimeService:
         metrics: CloudMetrics,
         devices: DeviceTable,
         policy: PolicyStore | None = None,
+        access: Access | None = None,
     ) -> None:
-        """Without a policy no chunk sizes are proposed."""
+        """Without a policy no chunk sizes are proposed; without access everybody may come."""
         self._engine = engine
+        self._access = access or Access()
         self._policy = policy or PolicyStore()
         self._load = Load()
         self._served = served
@@ -149,6 +152,16 @@ class RuntimeService:
         for _, stream in self._sessions.values():
             stream.events.put_nowait(notice)
 
+    def end_refused(self) -> None:
+        """End the streams of peers that may not use this cloud any more."""
+        for session, stream in list(self._sessions.values()):
+            try:
+                self._access.check(stream.peer)
+            except ProtocolError as error:
+                del self._sessions[session.id]
+                self._engine.close(session)
+                stream.events.put_nowait(Failed(error.code, str(error)))
+
     def tuning(self) -> dict[str, Any]:
         """What sizes of chunks depend on in this cloud, as GET /v1/devices gives it (docs/operations.md)."""
         cost = self._engine.cost.fit()
@@ -159,6 +172,10 @@ class RuntimeService:
 
     async def describe(self, request: pb.DescribeRequest | None, context: Context) -> pb.DescribeReply:
         """See runtime.proto."""
+        try:
+            self._access.check(connected(context))
+        except ProtocolError as error:
+            await context.abort(error.code, str(error))
         limit = self._served.limits.max_frame_bytes
         if request is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a DescribeRequest")
@@ -230,6 +247,8 @@ class RuntimeService:
             )
         opening = message.open
         request_id.set(sane_request_id(opening.request_id) or "-")
+        stream.peer = peer_of(opening, context)
+        self._access.check(stream.peer)
         self._check_handshake(opening)
         self._make_room()
         session = Session(
@@ -239,7 +258,6 @@ class RuntimeService:
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
-        stream.peer = peer_of(opening, context)
         stream.codecs = _codecs(opening)
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)

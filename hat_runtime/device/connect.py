@@ -14,6 +14,7 @@ from hat_runtime.device.link import CloudLink
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.submodels import DeviceModel
 from hat_runtime.model.manifest import identity
+from hat_runtime.security.folder import TlsFolder
 from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire.codec import DTYPES, RAW_ONLY, CodecChoice
 
@@ -29,6 +30,7 @@ async def connect(
     device: str = "cpu",
     kv_tokens: int = 32768,
     page_tokens: int = 16,
+    tls: TlsFolder | None = None,
     drafter: str = NONE,
 ) -> Generator:
     """Ask the cloud what it serves, compare, and load this device's part. End it with `Generator.close`.
@@ -43,16 +45,18 @@ async def connect(
         device: torch device for the device's submodels.
         kv_tokens: tokens that all sessions of this device may hold together.
         page_tokens: tokens of one KV page on this device.
+        tls: certificates; None: without TLS.
         drafter: what drafts, as --drafter names it.
 
     Raises:
-        CloudUnavailable: not reachable.
+        CloudUnavailable: not reachable, or the certificates of both sides do not go together.
+        DeviceForbidden: the cloud does not let this device in.
         HandshakeError: the cloud serves another model, split or dtype, or lacks a codec.
         ModelError: the folder, or the drafter's, cannot be used.
         UsageError: there is no such drafter.
     """
     compute = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    link = CloudLink(cloud, metrics)
+    link = CloudLink(cloud, metrics, tls=tls)
     try:
         description = await link.describe()
         manifest = await asyncio.to_thread(identity, folder)

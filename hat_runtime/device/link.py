@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import grpc
 from prometheus_client import CollectorRegistry
 
+from hat_runtime.device.channels import Channels, Lease
 from hat_runtime.device.estimates import Acceptance, CloudView
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
 from hat_runtime.device.session import CloudSession
 from hat_runtime.device.steps import Binding
-from hat_runtime.errors import CloudOverloaded, HandshakeError
+from hat_runtime.errors import CloudOverloaded, HandshakeError, HatError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from hat_runtime.proto.hat.v1 import runtime_pb2_grpc
+from hat_runtime.security.folder import TlsFolder
 from hat_runtime.wire.codec import RAW, codec_named, dtype_name
-from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
+from hat_runtime.wire.frames import MAX_FRAME_BYTES
 
 PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 3
@@ -37,7 +38,12 @@ class CloudLink(CloudView):
     """A channel to one cloud. For the event loop that made it."""
 
     def __init__(
-        self, address: str, metrics: DeviceMetrics | None = None, *, timeout_s: float = 10.0
+        self,
+        address: str,
+        metrics: DeviceMetrics | None = None,
+        *,
+        timeout_s: float = 10.0,
+        tls: TlsFolder | None = None,
     ) -> None:
         """Connect lazily: the first call does it.
 
@@ -45,6 +51,7 @@ class CloudLink(CloudView):
             address: "HOST:PORT" of the cloud's gRPC port.
             metrics: where bytes and round-trip times are counted.
             timeout_s: longest wait for Describe and for a session to open.
+            tls: certificates; None: without TLS.
         """
         super().__init__()
         self.address = address
@@ -57,8 +64,8 @@ class CloudLink(CloudView):
         self.limits = pb.Limits()
         """The cloud's limits as of the last Describe."""
         self._telemetry_at_s = 0.0
-        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(address))
-        self._stub = runtime_pb2_grpc.RuntimeStub(self._channel)  # type: ignore[no-untyped-call]
+        self._channels = Channels(address, tls)
+        self._leases: dict[CloudSession, Lease] = {}
 
     async def describe(self, *, padding: int = 0, reply_padding: int = 0) -> pb.DescribeReply:
         """What the cloud serves.
@@ -73,9 +80,10 @@ class CloudLink(CloudView):
         """
         request = pb.DescribeRequest(padding=bytes(padding), reply_padding_bytes=reply_padding)
         try:
-            reply: pb.DescribeReply = await self._stub.Describe(request, timeout=self.timeout_s)
+            with self._channels.leased() as lease:
+                reply: pb.DescribeReply = await lease.stub.Describe(request, timeout=self.timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise explain(error, self.address) from error
+            raise self.explain(error) from error
         if reply.protocol_major != PROTOCOL_MAJOR:
             raise HandshakeError(
                 f"the cloud at {self.address} speaks protocol {reply.protocol_major}.{reply.protocol_minor}, this "
@@ -99,7 +107,9 @@ class CloudLink(CloudView):
         if wait_s > 0:
             raise CloudOverloaded(f"the cloud at {self.address} asked to be left alone for now", wait_s)
         metadata = (("x-request-id", request_id),) if request_id else None
-        session = CloudSession(self, self._stub.Session(metadata=metadata), binding)
+        lease = self._channels.lease()
+        session = CloudSession(self, lease.stub.Session(metadata=metadata), binding)
+        self._leases[session] = lease
         self.sessions.add(session)
         message = pb.Open(
             model_revision=binding.model_revision,
@@ -205,28 +215,15 @@ class CloudLink(CloudView):
     def forget(self, session: CloudSession) -> None:
         """A session has ended (called by the session)."""
         self.sessions.discard(session)
+        if (lease := self._leases.pop(session, None)) is not None:
+            lease.release()
+
+    def explain(self, error: grpc.aio.AioRpcError) -> HatError:
+        """A failed call to this cloud in words."""
+        return explain(error, self.address, self._channels.material)
 
     async def close(self) -> None:
         """End all sessions and the connection."""
         for session in list(self.sessions):
             session.close()
-        await self._channel.close()
-
-
-def _channel_options(address: str) -> list[tuple[str, int]]:
-    options = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # NAT boxes forget idle connections; the server accepts a ping every 10 s.
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        # After an outage the next request should find the cloud soon, not after gRPC's two minutes.
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-    if address.startswith(("127.", "localhost:", "[::1]")):
-        options.append(("grpc.enable_http_proxy", 0))
-    return options
+        await self._channels.close()

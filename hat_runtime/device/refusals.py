@@ -5,6 +5,8 @@ from __future__ import annotations
 import grpc
 
 from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, HatError
+from hat_runtime.security.folder import Material
+from hat_runtime.security.tls import connection_fault
 
 RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata in which an overloaded cloud says when to try again."""
@@ -14,13 +16,19 @@ class CloudRefused(HatError):
     """The cloud ended a session because of what this device sent."""
 
 
-def explain(error: grpc.aio.AioRpcError, address: str) -> HatError:
-    """The HatError for a failed call to the cloud at `address`."""
+class DeviceForbidden(HatError):
+    """The cloud knows who this device is, and does not let it in."""
+
+
+def explain(error: grpc.aio.AioRpcError, address: str, material: Material | None = None) -> HatError:
+    """The HatError for a failed call to the cloud at `address`, made with these certificates; None: without TLS."""
     code, details = error.code(), error.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE:
+        advice = connection_fault(details, material) or (
+            "check the address, that `hat cloud serve` runs there, and that no firewall is between"
+        )
         return CloudUnavailable(
-            f"the cloud at {address} cannot be reached or went away ({details}); check the address, "
-            "that `hat cloud serve` runs there, and that no firewall is between",
+            f"the cloud at {address} cannot be reached or went away ({details}); {advice}",
             _retry_after_s(error),
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -36,6 +44,8 @@ def explain(error: grpc.aio.AioRpcError, address: str) -> HatError:
         return HandshakeError(f"{address} does not speak HAT's session protocol ({details})")
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return HandshakeError(f"the cloud at {address} does not fit this device: {details}")
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return DeviceForbidden(f"the cloud at {address} does not let this device in: {details}")
     return CloudRefused(f"the cloud at {address} answered {code.name}: {details}")
 
 

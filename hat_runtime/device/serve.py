@@ -30,6 +30,10 @@ from hat_runtime.device.token_steps import MODE
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
 from hat_runtime.model.hf import load_config, load_tokenizer
 from hat_runtime.process import spare_collector
+from hat_runtime.security.exposure import check_dialled, check_exposed
+from hat_runtime.security.folder import TlsFolder
+from hat_runtime.security.keys import KeyFile
+from hat_runtime.security.spiffe import DEVICE
 from hat_runtime.signals import wait_for_termination
 from hat_runtime.wire.codec import CodecChoice
 
@@ -71,6 +75,10 @@ class DeviceConfig:
     max_concurrent: int = 8
     max_waiting: int = 32
     api_key_file: Path | None = None
+    tls: Path | None = None
+    """Folder of --tls; None: without TLS."""
+    insecure: bool = False
+    """The cloud may be elsewhere without TLS, and the API listen elsewhere than on loopback without keys."""
     max_body_bytes: int = MAX_BODY_BYTES
     keep_alive_s: float = KEEP_ALIVE_S
     grace_s: float = 10.0
@@ -90,6 +98,15 @@ class DeviceConfig:
             raise UsageError("--mode picospec needs --draft-model")
         if self.grace_s < 0:
             raise UsageError(f"--grace {self.grace_s}: must be 0 or more seconds")
+        check_dialled(self.cloud, self.tls, insecure=self.insecure)
+        check_exposed(
+            self.listen_host,
+            self.listen_port,
+            "--listen",
+            protected=self.api_key_file is not None,
+            needs="it needs --api-key-file FILE",
+            insecure=self.insecure,
+        )
 
     @property
     def name(self) -> str:
@@ -119,6 +136,7 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
             folder cannot be used.
     """
     metrics = DeviceMetrics(CollectorRegistry())
+    tls = None if config.tls is None else TlsFolder(config.tls, DEVICE)
     gate = Gate(config.max_concurrent, config.max_waiting)
     generator: Generator | None = None
 
@@ -131,7 +149,7 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
         registry=metrics.registry,
         gate=gate,
         check_cloud=check_cloud,
-        api_keys=_read_keys(config.api_key_file),
+        keys=None if config.api_key_file is None else KeyFile(config.api_key_file),
         max_body_bytes=config.max_body_bytes,
         keep_alive_s=config.keep_alive_s,
         created=int(time.time()),
@@ -140,7 +158,7 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
     async with http.serving(make_app(api), bound) as url:
         try:
             encoder = await asyncio.to_thread(_load_encoder, config.model)
-            generator = await _connect(config, metrics, api)
+            generator = await _connect(config, metrics, api, tls)
             revision = generator.binding.model_revision[:12]
             api.served = Served(generator, encoder, f"hat_{revision}")
             yield RunningDevice(url, config.name, generator, metrics)
@@ -187,13 +205,15 @@ def _example(device: RunningDevice, *, with_key: bool) -> str:
     )
 
 
-async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Generator:
+async def _connect(
+    config: DeviceConfig, metrics: DeviceMetrics, api: Api, tls: TlsFolder | None
+) -> Generator:
     """A generator, as soon as the cloud can be reached."""
     until = time.monotonic() + config.cloud_wait_s
     while True:
         api.why_not_ready = f"asking the cloud at {config.cloud}, then loading the model"
         try:
-            return await _connect_once(config, config.generator, metrics)
+            return await _connect_once(config, config.generator, metrics, tls)
         except CloudUnavailable as error:
             if time.monotonic() >= until:
                 raise
@@ -202,7 +222,9 @@ async def _connect(config: DeviceConfig, metrics: DeviceMetrics, api: Api) -> Ge
             await asyncio.sleep(RECONNECT_S)
 
 
-async def _connect_once(config: DeviceConfig, policy: GeneratorConfig, metrics: DeviceMetrics) -> Generator:
+async def _connect_once(
+    config: DeviceConfig, policy: GeneratorConfig, metrics: DeviceMetrics, tls: TlsFolder | None
+) -> Generator:
     device = _torch_device(config.device)
     if config.draft_model is None:
         return await connect(
@@ -215,6 +237,7 @@ async def _connect_once(config: DeviceConfig, policy: GeneratorConfig, metrics: 
             device=device,
             kv_tokens=config.kv_tokens,
             drafter=config.drafter,
+            tls=tls,
         )
     return await connect_tokens(
         config.model,
@@ -226,6 +249,7 @@ async def _connect_once(config: DeviceConfig, policy: GeneratorConfig, metrics: 
         metrics=metrics,
         device=device,
         kv_tokens=config.kv_tokens,
+        tls=tls,
     )
 
 
@@ -262,20 +286,3 @@ async def _check_cloud(generator: Generator) -> None:
         raise HandshakeError(
             f"the cloud at {link.address} serves another model or split now; restart this device"
         )
-
-
-def _read_keys(path: Path | None) -> list[str]:
-    """The keys of an API key file.
-
-    Raises:
-        UsageError: it cannot be read or has no key, which would mean an open server.
-    """
-    if path is None:
-        return []
-    try:
-        keys = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--api-key-file {path} cannot be read: {error}") from error
-    if not keys:
-        raise UsageError(f"--api-key-file {path} has no key in it")
-    return keys

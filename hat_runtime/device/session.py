@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import torch
 
-from hat_runtime.device.refusals import CloudRefused, explain
+from hat_runtime.device.refusals import CloudRefused
 from hat_runtime.device.steps import ALL, Binding, Step, StepResult, Want
 from hat_runtime.device.token_steps import NO_ROWS, TokenStep, held_after
 from hat_runtime.errors import CloudUnavailable, HatError
@@ -248,7 +248,7 @@ class CloudSession:
                 self._receive(message)
             self._end_with(CloudUnavailable(f"the cloud at {self.link.address} closed the session"))
         except grpc.aio.AioRpcError as error:
-            self._end_with(explain(error, self.link.address))
+            self._end_with(self.link.explain(error))
         except CloudRefused as error:
             self.close(error)
         finally:

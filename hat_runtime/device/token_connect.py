@@ -22,6 +22,7 @@ from hat_runtime.model.manifest import read_config
 from hat_runtime.model.split import LayerRange
 from hat_runtime.model.tokenizer_id import tokenizer_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.security.folder import TlsFolder
 from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire.codec import DTYPES
 
@@ -38,6 +39,7 @@ async def connect_tokens(
     device: str = "cpu",
     kv_tokens: int = 32768,
     page_tokens: int = 16,
+    tls: TlsFolder | None = None,
 ) -> TokenGenerator:
     """Ask the cloud what it serves, compare, and load the draft model. End it with `TokenGenerator.close`.
 
@@ -52,13 +54,15 @@ async def connect_tokens(
         device: torch device for the draft model.
         kv_tokens: tokens that all sessions of this device may hold together, drafts included.
         page_tokens: tokens of one KV page on this device.
+        tls: certificates; None: without TLS.
 
     Raises:
-        CloudUnavailable: not reachable.
+        CloudUnavailable: not reachable, or the certificates of both sides do not go together.
+        DeviceForbidden: the cloud does not let this device in.
         HandshakeError: the cloud is of the other mode, or its vocabulary is not the draft model's.
         ModelError: a folder cannot be used.
     """
-    link = CloudLink(cloud, metrics)
+    link = CloudLink(cloud, metrics, tls=tls)
     try:
         description = await link.describe()
         binding = await asyncio.to_thread(bind_tokens, folder, draft_folder, description, cloud)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from hat_runtime.device.api.stream import KEEP_ALIVE_S, EventStream
 from hat_runtime.device.text import TokenText
 from hat_runtime.errors import HatError, UsageError
 from hat_runtime.log import request_id
+from hat_runtime.security.keys import KeyFile
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Of a request: more than any context's worth of text."""
@@ -42,8 +42,8 @@ class Api:
     gate: Gate
     check_cloud: Callable[[], Awaitable[Any]]
     """Returns if the cloud is reachable, else raises a HatError that says why not."""
-    api_keys: Sequence[str] = ()
-    """Empty: no key is asked for."""
+    keys: KeyFile | None = None
+    """None: no key is asked for."""
     max_body_bytes: int = MAX_BODY_BYTES
     keep_alive_s: float = KEEP_ALIVE_S
     served: Served | None = None
@@ -82,11 +82,8 @@ def make_app(api: Api) -> ASGIApp:
 
 def _key_check(api: Api) -> Callable[[Request], Awaitable[None]]:
     async def check_key(request: Request) -> None:
-        if not api.api_keys:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        # All keys are compared, each in constant time, so that the time taken says nothing.
-        if not sum(hmac.compare_digest(given, key.encode()) for key in api.api_keys):
+        given = request.headers.get("authorization", "")
+        if api.keys is not None and not api.keys.accepts(given):
             raise ApiError(
                 401,
                 "a valid API key is needed: send it as `Authorization: Bearer KEY`",

@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from hat_runtime.device.refusals import DeviceForbidden
 from hat_runtime.device.submodels import DeviceFull
 from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, UsageError
 from hat_runtime.log import request_id
@@ -94,6 +95,8 @@ def from_exception(error: BaseException) -> ApiError:
         )
     if isinstance(error, HandshakeError):
         return ApiError(503, str(error), code="model_mismatch")
+    if isinstance(error, DeviceForbidden):
+        return ApiError(503, str(error), code="device_forbidden")
     log.error("a request failed", exc_info=error)
     return ApiError(
         500,

@@ -1,0 +1,117 @@
+"""Who may use this cloud. Without TLS nobody is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+from hat_runtime.cloud.assembly import ProtocolError
+from hat_runtime.cloud.peer import Peer
+from hat_runtime.security.denied import MAX_BYTES, DeniedError, DenyList, parse
+from hat_runtime.security.folder import TlsFolder
+from hat_runtime.security.spiffe import DEVICE, SpiffeId
+
+log = logging.getLogger(__name__)
+
+ENFORCE_S = 1.0
+"""Between two looks at the streams that are open."""
+
+
+class OlderDenyList(Exception):
+    """A deny-list that is not newer than the one in effect, and differs from it."""
+
+
+class Denied:
+    """The deny-list in effect. For the event loop's thread."""
+
+    def __init__(self) -> None:
+        self.list = DenyList()
+
+    def put(self, text: bytes) -> DenyList:
+        """Take a new list, which is in effect at once; the same one again changes nothing.
+
+        Raises:
+            DeniedError: it is none; the one before stays.
+            OlderDenyList: its version is not higher than that of the one in effect.
+        """
+        new, now = parse(text), self.list
+        if new == now:
+            return now
+        if new.version <= now.version:
+            raise OlderDenyList(
+                f"version: {new.version!r}: must be more than {now.version}, which is in effect"
+            )
+        self.list = new
+        log.info("deny-list %d: %d entries", new.version, len(new.identities) + len(new.serials))
+        return new
+
+    def start_from(self, path: Path) -> None:
+        """Take the list of a file, as it is at the start; one that is missing is logged, and nobody is denied.
+
+        Raises:
+            DeniedError: the file is there but cannot be understood: to go on would let everybody in.
+        """
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            log.info("--denied-file %s is not there; nobody is denied yet", path)
+            return
+        except OSError as error:
+            raise DeniedError("--denied-file", str(path), error.strerror or str(error)) from error
+        try:
+            self.list = parse(text)
+        except DeniedError as error:
+            raise DeniedError("--denied-file", str(path), str(error)) from error
+        log.info("deny-list %d of --denied-file %s", self.list.version, path)
+
+
+class Access:
+    """The decision on peers: by trust domain, tenant, kind, deny-list and the end of the certificate."""
+
+    def __init__(self, folder: TlsFolder | None = None, denied: Denied | None = None) -> None:
+        """Decide for the cloud whose certificate is in `folder`; None: without TLS, everybody may."""
+        self.folder = folder
+        self.denied = denied or Denied()
+
+    def check(self, peer: Peer) -> None:
+        """Return if the peer may use this cloud now.
+
+        Raises:
+            ProtocolError: PERMISSION_DENIED: it may not; ABORTED: its certificate has expired since it connected.
+        """
+        if self.folder is None:
+            return
+        refuse = grpc.StatusCode.PERMISSION_DENIED
+        if peer.identity is None:
+            raise ProtocolError("a certificate is needed", refuse)
+        if (reason := self.why_not(peer.identity, peer.serial, DEVICE)) is not None:
+            raise ProtocolError(reason, refuse)
+        if peer.expires is not None and datetime.now(UTC) > peer.expires:
+            text = f"the certificate of this connection expired at {peer.expires}: connect with a new one"
+            raise ProtocolError(text, grpc.StatusCode.ABORTED)
+
+    def why_not(self, identity: SpiffeId, serial: int, kind: str) -> str | None:
+        """Why somebody with this certificate may not; None: of the right kind, tenant and trust domain, not denied."""
+        assert self.folder is not None
+        own = self.folder.current().identity
+        if identity.kind != kind:
+            return f"{identity} is no {kind}"
+        if not identity.serves(own):
+            return (
+                f"{identity} is not of tenant {own.tenant!r} in {own.trust_domain}, which this cloud serves"
+            )
+        if self.denied.list.denies(identity, serial):
+            return f"{identity} is on the deny-list"
+        return None
+
+    async def enforce(self, end_refused: Callable[[], None]) -> None:
+        """Call `end_refused`, which ends the streams of those who may no more, again and again until cancelled."""
+        while self.folder is not None:
+            await asyncio.sleep(ENFORCE_S)
+            end_refused()

@@ -1,0 +1,98 @@
+"""The deny-list: whose certificates are refused though they are valid. Its JSON form, and what must hold. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hat_runtime.errors import UsageError
+from hat_runtime.security.spiffe import IdentityError, SpiffeId
+
+MAX_BYTES = 1 << 20
+"""Longest JSON text."""
+MAX_ENTRIES = 10_000
+MAX_VERSION = 2**53 - 1
+"""What JSON's numbers hold exactly, whoever reads them."""
+_SERIAL = re.compile(r"[0-9a-f]{1,40}")  # RFC 5280: at most 20 bytes
+_SHOWN = 80
+
+
+class DeniedError(UsageError):
+    """A field of a deny-list cannot be used: which one, its value, and what it must be."""
+
+    def __init__(self, path: str, value: object, reason: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+        super().__init__(f"{path}: {shown}: {reason}")
+        self.path = path
+        self.shown = shown
+
+
+@dataclass(frozen=True)
+class DenyList:
+    """Those who are refused. Version 0 is that of a cloud that was told nothing."""
+
+    version: int = 0
+    identities: frozenset[SpiffeId] = frozenset()
+    serials: frozenset[int] = frozenset()
+    """Numbers of certificates."""
+
+    def denies(self, identity: SpiffeId, serial: int) -> bool:
+        """Whether somebody with this identity and certificate is refused."""
+        return identity in self.identities or serial in self.serials
+
+    def to_json(self) -> str:
+        """The text that `parse` reads."""
+        denied = [*sorted(map(str, self.identities)), *(f"{serial:x}" for serial in sorted(self.serials))]
+        return json.dumps({"version": self.version, "denied": denied}, separators=(",", ":"))
+
+
+def parse(text: bytes | str) -> DenyList:
+    """Read a deny-list. Fields that are not known are ignored: a later version may have more.
+
+    Raises:
+        DeniedError: names the field and echoes its value; the first that is wrong.
+    """
+    if len(text) > MAX_BYTES:
+        raise DeniedError("denied", f"{len(text)} bytes", f"must be at most {MAX_BYTES} bytes")
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        begin = text[:_SHOWN]
+        shown = begin.decode(errors="replace") if isinstance(begin, bytes) else begin
+        raise DeniedError("denied", shown, f"must be JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DeniedError("denied", content, "must be an object with version and denied")
+    version = content.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= MAX_VERSION:
+        raise DeniedError("version", version, f"must be an integer from 0 to {MAX_VERSION}")
+    entries = content.get("denied")
+    if not isinstance(entries, list):
+        raise DeniedError("denied", entries, "must be a list")
+    if len(entries) > MAX_ENTRIES:
+        raise DeniedError("denied", f"{len(entries)} entries", f"must be at most {MAX_ENTRIES}")
+    return _list(version, entries)
+
+
+def _list(version: int, entries: Iterable[Any]) -> DenyList:
+    identities, serials = set(), set()
+    for index, entry in enumerate(entries):
+        path = f"denied[{index}]"
+        if not isinstance(entry, str):
+            raise DeniedError(path, entry, "must be a text")
+        if entry.startswith("spiffe:"):
+            try:
+                identities.add(SpiffeId.parse(entry))
+            except IdentityError as error:
+                raise DeniedError(path, entry, str(error)) from None
+            continue
+        serial = entry.replace(":", "").lower()
+        if not _SERIAL.fullmatch(serial):
+            raise DeniedError(
+                path, entry, "must be spiffe://... or a certificate's serial number in hexadecimal"
+            )
+        serials.add(int(serial, 16))
+    return DenyList(version, frozenset(identities), frozenset(serials))
