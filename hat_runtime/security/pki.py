@@ -103,7 +103,7 @@ class Authority:
     def certify(
         self, identity: SpiffeId, key: ec.EllipticCurvePublicKey, begin: datetime, end: datetime
     ) -> x509.Certificate:
-        """A certificate of `identity` for a key that somebody else holds; it ends with the authority's at the latest."""
+        """A certificate of `identity` for a key that somebody else holds; it ends before the authority's."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name[:64])])
         usage = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == CLOUD else ExtendedKeyUsageOID.CLIENT_AUTH
         end = min(end, self.certificate.not_valid_after_utc)
@@ -128,6 +128,11 @@ class Issued:
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
     authority: x509.Certificate
+
+    @property
+    def key_pem(self) -> bytes:
+        """The key as text."""
+        return _key_pem(self.key)
 
     def save(self, folder: Path) -> None:
         """Write what `--tls FOLDER` takes, the key with mode 0600. Raises UsageError where a file exists."""

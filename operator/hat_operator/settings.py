@@ -96,7 +96,9 @@ class Settings:
             raise UsageError(f"{PREFIX}TRUST_DOMAIN: {error}") from error
         lifetime = value("CERTIFICATE_SECONDS", str(DAY_S))
         if not lifetime.isdigit() or not 30 <= int(lifetime) <= DAY_S:
-            raise UsageError(f"{PREFIX}CERTIFICATE_SECONDS: {lifetime!r} is not a whole number from 30 to {DAY_S}")
+            raise UsageError(
+                f"{PREFIX}CERTIFICATE_SECONDS: {lifetime!r} is not a whole number from 30 to {DAY_S}"
+            )
         ports = value("API_PORTS", "443,6443").split(",")
         return cls(
             registry=value("REGISTRY", "").rstrip("/"),

@@ -31,7 +31,7 @@ class Requests:
     """CertificateSigningRequests of the cluster that this pod runs in."""
 
     def __init__(self, account: Path = ACCOUNT, server: str | None = None) -> None:
-        """Nothing is sent yet; `server` is https://HOST:PORT, by default the one that kubelet names in the environment."""
+        """Nothing is sent yet; `server` is https://HOST:PORT, by default the one in the environment."""
         host = os.environ.get("KUBERNETES_SERVICE_HOST", "kubernetes.default.svc")
         shown = f"[{host}]" if ":" in host else host
         self._server = server or f"https://{shown}:{os.environ.get('KUBERNETES_SERVICE_PORT', '443')}"

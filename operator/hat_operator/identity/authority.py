@@ -51,7 +51,12 @@ class Signing:
     @property
     def after(self) -> bytes:
         """PEM of what follows a certificate that is handed out: the chain, and whom to trust."""
-        return b"".join(pem(item) for item in (*self.chain, *self.trusted))
+        return self.intermediates + self.bundle.encode()
+
+    @property
+    def intermediates(self) -> bytes:
+        """PEM of the chain."""
+        return b"".join(map(pem, self.chain))
 
     @property
     def bundle(self) -> str:
@@ -94,7 +99,9 @@ def is_root(certificate: x509.Certificate) -> bool:
 def fresh(trust_domain: str, now: datetime) -> dict[str, str]:
     """Data of a Secret with a new authority."""
     made = Authority.create(trust_domain, now=now)
-    return _encoded({CERTIFICATE: pem(made.certificate), KEY: _key_pem(made.key), TRUSTED: pem(made.certificate)})
+    return _encoded(
+        {CERTIFICATE: pem(made.certificate), KEY: _key_pem(made.key), TRUSTED: pem(made.certificate)}
+    )
 
 
 def advanced(secret: Mapping[str, Any], trust_domain: str, now: datetime) -> dict[str, str | None] | None:
@@ -156,7 +163,9 @@ class Authorities:
                 version = secret["metadata"]["resourceVersion"]
                 meta = {"resourceVersion": version, "annotations": {ROTATE: None}}
                 secret = await self._home.patch(_typed(secret), {"data": change, "metadata": meta})
-                log.info("%s: the authority in the Secret %s moves on: %s", namespace, SECRET_NAME, sorted(change))
+                log.info(
+                    "%s: the authority in the Secret %s moves on: %s", namespace, SECRET_NAME, sorted(change)
+                )
         version = secret["metadata"]["resourceVersion"]
         known = self._known.get(namespace)
         if known is None or known[0] != version:
@@ -217,13 +226,16 @@ def _private_key(secret: Mapping[str, Any], name: str) -> ec.EllipticCurvePrivat
     try:
         key = serialization.load_pem_private_key(_content(secret, name), None)
     except (ValueError, TypeError):
-        raise AuthorityError(f"Secret {SECRET_NAME}: {name} is no private key in PEM without a passphrase") from None
+        raise AuthorityError(
+            f"Secret {SECRET_NAME}: {name} is no private key in PEM without a passphrase"
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise AuthorityError(f"Secret {SECRET_NAME}: {name} is no ECDSA key")
     return key
 
 
 def pem(certificate: x509.Certificate) -> bytes:
+    """A certificate as text."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 

@@ -86,7 +86,9 @@ def check(request: Object, side: Side, settings: Settings) -> Granted:
         raise Refused(f"usages {spec.get('usages')!r}: must be {usages}")
     try:
         wanted = (
-            who.cloud(side.hat, settings) if side.component == names.CLOUD else who.device(side.hat, settings, node)
+            who.cloud(side.hat, settings)
+            if side.component == names.CLOUD
+            else who.device(side.hat, settings, node)
         )
     except IdentityError as error:
         raise Refused(str(error)) from error
@@ -107,7 +109,7 @@ def _pod(spec: Object, side: Side) -> Object:
             break
     else:
         raise Refused(f"pod {name} ({uid}) is none of {side.hat.namespace}/{side.hat.name}'s")
-    owner = next((ref for ref in meta.get("ownerReferences", ()) if ref.get("controller")), {})
+    owner: Object = next((ref for ref in meta.get("ownerReferences", ()) if ref.get("controller")), {})
     kind, begin = _OWNERS[side.component], f"{side.account}-"
     if owner.get("kind") != kind or not str(owner.get("name", "")).startswith(begin):
         raise Refused(f"pod {name} is not of a {kind} {begin}...")
@@ -142,7 +144,9 @@ def _key(text: str, wanted: SpiffeId) -> ec.EllipticCurvePublicKey:
         extensions = list(request.extensions)
         signed = request.is_signature_valid
     except (ValueError, TypeError, binascii.Error, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
-        raise Refused(f"request: is no PKCS #10 request in PEM that can be read ({type(error).__name__})") from error
+        raise Refused(
+            f"request: is no PKCS #10 request in PEM that can be read ({type(error).__name__})"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise Refused("request: the key must be ECDSA P-256")
     if not signed:
@@ -151,8 +155,11 @@ def _key(text: str, wanted: SpiffeId) -> ec.EllipticCurvePublicKey:
         raise Refused(f"request: the subject {request.subject.rfc4514_string()!r} must be empty")
     others = [item.oid.dotted_string for item in extensions if not _is_names(item)]
     if others or len(extensions) != 1:
-        raise Refused(f"request: must have subject alternative names and no other extension; it has also {others}")
-    names_asked = sorted((type(name).__name__, _text(name)) for name in extensions[0].value)
+        raise Refused(
+            f"request: must have subject alternative names and no other extension; it has also {others}"
+        )
+    asked: x509.SubjectAlternativeName = extensions[0].value  # type: ignore[assignment]
+    names_asked = sorted((type(name).__name__, _text(name)) for name in asked)
     names_due = sorted(
         [("UniformResourceIdentifier", str(wanted)), *(("DNSName", name) for name in wanted.dns_names)]
     )

@@ -9,17 +9,23 @@ from hat_runtime.cli.command import Command
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Make a key, ask the operator for a certificate by a CertificateSigningRequest in the cluster of this pod, write "
-        "tls.crt, tls.key and ca.crt for --tls, and replace them before they end, until a signal comes. The operator puts "
-        "this into the pods of a HatDeployment; there is no use for it elsewhere."
+        "Make a key, ask the operator for a certificate by a CertificateSigningRequest in the cluster of this pod, "
+        "write tls.crt, tls.key and ca.crt for --tls, and replace them before they end, until a signal comes. The "
+        "operator puts this into the pods of a HatDeployment; there is no use for it elsewhere."
     )
-    parser.epilog = "example: hat identity --id spiffe://hat.internal/tenant/team-a/device/jetson-1 --out /tls"
+    parser.epilog = (
+        "example: hat identity --id spiffe://hat.internal/tenant/team-a/device/jetson-1 --out /tls"
+    )
     parser.add_argument(
         "--id", required=True, metavar="URI", help="who this is: spiffe://DOMAIN/tenant/TENANT/KIND/NAME"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the files go")
     parser.add_argument(
-        "--label", action="append", default=[], metavar="KEY=VALUE", help="label of the request (may be repeated)"
+        "--label",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="label of the request (may be repeated)",
     )
 
 

@@ -89,7 +89,9 @@ class Identity:
             try:
                 held = self.renew()
                 failures = 0
-                log.info("%s: good until %s", self._identity, datetime.fromtimestamp(held.end, UTC).isoformat())
+                log.info(
+                    "%s: good until %s", self._identity, datetime.fromtimestamp(held.end, UTC).isoformat()
+                )
             except (ApiError, DeniedError, OSError) as error:
                 if isinstance(error, DeniedError) and (held is None or held.end <= time.time()):
                     raise

@@ -65,7 +65,9 @@ class Signer:
         if failure is not None:
             raise failure
 
-    async def _answer(self, body: Object, cluster: Cluster, request: Object, side: Side, signing: Signing) -> None:
+    async def _answer(
+        self, body: Object, cluster: Cluster, request: Object, side: Side, signing: Signing
+    ) -> None:
         kind = who.KINDS[side.component]
         try:
             granted = check(request, side, self._settings)
@@ -76,7 +78,9 @@ class Signer:
             await events.post(self._home, body, "Warning", REFUSED, text)
             return
         if not _has(request, APPROVED):
-            request = await _condition(cluster, request, APPROVED, "HatIdentity", f"is {granted.identity}", "approval")
+            request = await _condition(
+                cluster, request, APPROVED, "HatIdentity", f"is {granted.identity}", "approval"
+            )
         content = self._certificate(request, side.hat, granted, signing)
         change = {"status": {"certificate": base64.b64encode(content).decode()}}
         await cluster.patch(request, change, "status")
@@ -88,7 +92,9 @@ class Signer:
         asked = request["spec"].get("expirationSeconds", self._settings.certificate_s)
         life = min(asked, self._settings.certificate_s, hat.spec.security.certificate_hours * 3600)
         now = datetime.now(UTC)
-        made = signing.authority.certify(granted.identity, granted.key, now - SKEW, now + timedelta(seconds=life))
+        made = signing.authority.certify(
+            granted.identity, granted.key, now - SKEW, now + timedelta(seconds=life)
+        )
         return pem(made) + signing.after
 
 

@@ -106,7 +106,9 @@ def _pod(hat: HatDeployment, edge: Edge, settings: Settings, endpoint: str, imag
         args += ["--api-key-file", f"/keys/{edge.api.keys.key}"]
     mutual = hat.spec.security.mutual
     if mutual:
-        files.init.insert(0, identity.sidecar(hat, names.EDGE, image, f"{who.device_prefix(hat, settings)}$(HAT_NODE_NAME)"))
+        files.init.insert(
+            0, identity.sidecar(hat, names.EDGE, image, f"{who.device_prefix(hat, settings)}$(HAT_NODE_NAME)")
+        )
         args += ["--tls", identity.FOLDER]
         mounts.append(identity.mount())
         volumes += identity.volumes()

@@ -1,4 +1,4 @@
-"""What gives a pod its certificate: a container beside the one that serves, which alone has a token of the API server."""
+"""What gives a pod its certificate: a container beside the one that serves, and the only one with an API token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sidecar(hat: HatDeployment, component: str, image: str, identity: str) -> di
     args = ["identity", "--id", identity, "--out", FOLDER]
     args += [word for key, value in labels.items() for word in ("--label", f"{key}={value}")]
     limits = {"requests": {"cpu": "10m", "memory": "48Mi"}, "limits": {"memory": "128Mi"}}
-    mounts = [
+    mounts: list[dict[str, Any]] = [
         {"name": _TLS, "mountPath": FOLDER},
         {"name": _TOKEN, "mountPath": _ACCOUNT, "readOnly": True},
     ]

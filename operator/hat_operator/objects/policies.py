@@ -6,26 +6,29 @@ from collections.abc import Iterable
 from typing import Any
 
 from hat_operator import names
+from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
 
 HTTPS = 443
 DNS_PORTS = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
 
 
-def cloud(hat: HatDeployment) -> dict[str, Any]:
-    """gRPC from anywhere (devices are behind any address), health and metrics from inside the cluster."""
+def cloud(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
+    """gRPC from anywhere (devices are behind any address), health, metrics and admin port from inside the cluster."""
     inside: list[dict[str, Any]] = [{"namespaceSelector": {}}]
+    asked = [names.HTTP_PORT, *([names.ADMIN_PORT] if hat.spec.security.mutual else [])]
     ingress: list[dict[str, Any]] = [
         {"ports": [_tcp(names.GRPC_PORT)]},
-        {"from": inside, "ports": [_tcp(names.ADMIN_PORT)]},
+        {"from": inside, "ports": [_tcp(port) for port in asked]},
     ]
-    fetches = hat.spec.model.hub is not None
-    return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, _egress(set(), fetches))
+    egress = _egress(_signing(hat, settings), fetches=hat.spec.model.hub is not None)
+    return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, egress)
 
 
-def edge(hat: HatDeployment, endpoints: Iterable[str]) -> dict[str, Any]:
+def edge(hat: HatDeployment, settings: Settings, endpoints: Iterable[str]) -> dict[str, Any]:
     """The API from anywhere, and out to the cloud at `endpoints` (HOST:PORT; none while no one knows it)."""
     ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints} or {hat.spec.cloud.expose.port}
+    ports |= _signing(hat, settings)
     if hat.spec.edge_cluster is None:
         # A policy sees the pod's port where the Service's address was already replaced by the pod's.
         ports.add(names.GRPC_PORT)
@@ -37,6 +40,11 @@ def edge(hat: HatDeployment, endpoints: Iterable[str]) -> dict[str, Any]:
         [{"ports": [_tcp(names.DEVICE_PORT)]}],
         _egress(ports, fetches=hat.spec.device_claim is None),
     )
+
+
+def _signing(hat: HatDeployment, settings: Settings) -> set[int]:
+    """Where pods ask for certificates: at their API server."""
+    return set(settings.api_ports) if hat.spec.security.mutual else set()
 
 
 def _tcp(port: int) -> dict[str, Any]:
