@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_network
 from string import Formatter
 
 from hat_runtime.errors import UsageError
@@ -49,7 +50,8 @@ class Settings:
     certificate_s: int = DAY_S
     """Longest life of a certificate."""
     api_ports: tuple[int, ...] = (443, 6443)
-    """Where API servers listen, for the pods' NetworkPolicies."""
+    api_cidrs: tuple[str, ...] = ("0.0.0.0/0", "::/0")
+    """Where API servers are, for the pods' NetworkPolicies."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", self.version or package_version())
@@ -57,7 +59,7 @@ class Settings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read HAT_OPERATOR_REGISTRY, _VERSION, _NAMESPACES, _RESYNC_SECONDS, _METRICS_PORT, _HEALTH_PORT, _LOG_FORMAT,
-        _DEVICES_URL, _IDENTITIES, _TRUST_DOMAIN, _CERTIFICATE_SECONDS and _API_PORTS.
+        _DEVICES_URL, _IDENTITIES, _TRUST_DOMAIN, _CERTIFICATE_SECONDS, _API_PORTS and _API_CIDRS.
 
         Raises:
             UsageError: names the variable and echoes its value.
@@ -100,6 +102,12 @@ class Settings:
                 f"{PREFIX}CERTIFICATE_SECONDS: {lifetime!r} is not a whole number from 30 to {DAY_S}"
             )
         ports = value("API_PORTS", "443,6443").split(",")
+        cidrs = tuple(item.strip() for item in value("API_CIDRS", "0.0.0.0/0,::/0").split(","))
+        for cidr in cidrs:
+            try:
+                ip_network(cidr)
+            except ValueError as error:
+                raise UsageError(f"{PREFIX}API_CIDRS: {cidr!r} is no range of addresses: {error}") from error
         return cls(
             registry=value("REGISTRY", "").rstrip("/"),
             version=value("VERSION", ""),
@@ -113,6 +121,7 @@ class Settings:
             trust_domain=trust_domain,
             certificate_s=int(lifetime),
             api_ports=tuple(_port("API_PORTS", item.strip()) for item in ports),
+            api_cidrs=cidrs,
         )
 
     def image(self, name: str, tag: str) -> str:

@@ -21,14 +21,13 @@ def cloud(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
         {"ports": [_tcp(names.GRPC_PORT)]},
         {"from": inside, "ports": [_tcp(port) for port in asked]},
     ]
-    egress = _egress(_signing(hat, settings), fetches=hat.spec.model.hub is not None)
+    egress = [*_egress(set(), fetches=hat.spec.model.hub is not None), *_signing(hat, settings)]
     return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, egress)
 
 
 def edge(hat: HatDeployment, settings: Settings, endpoints: Iterable[str]) -> dict[str, Any]:
     """The API from anywhere, and out to the cloud at `endpoints` (HOST:PORT; none while no one knows it)."""
     ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints} or {hat.spec.cloud.expose.port}
-    ports |= _signing(hat, settings)
     if hat.spec.edge_cluster is None:
         # A policy sees the pod's port where the Service's address was already replaced by the pod's.
         ports.add(names.GRPC_PORT)
@@ -38,13 +37,16 @@ def edge(hat: HatDeployment, settings: Settings, endpoints: Iterable[str]) -> di
         names.edge(hat),
         names.edge_namespace(hat),
         [{"ports": [_tcp(names.DEVICE_PORT)]}],
-        _egress(ports, fetches=hat.spec.device_claim is None),
+        [*_egress(ports, fetches=hat.spec.device_claim is None), *_signing(hat, settings)],
     )
 
 
-def _signing(hat: HatDeployment, settings: Settings) -> set[int]:
-    """Where pods ask for certificates: at their API server."""
-    return set(settings.api_ports) if hat.spec.security.mutual else set()
+def _signing(hat: HatDeployment, settings: Settings) -> list[dict[str, Any]]:
+    """Out to where pods ask for certificates: their API server."""
+    if not hat.spec.security.mutual:
+        return []
+    servers = [{"ipBlock": {"cidr": cidr}} for cidr in settings.api_cidrs]
+    return [{"to": servers, "ports": [_tcp(port) for port in settings.api_ports]}]
 
 
 def _tcp(port: int) -> dict[str, Any]:
