@@ -21,7 +21,10 @@ its files over the old ones before they expire: they are read again without a re
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.description = "An authority of your own, and certificates for --tls: ECDSA P-256, keys with mode 0600, never overwritten."
+    parser.description = (
+        "An authority of your own, and certificates for --tls. Keys are ECDSA P-256, have mode 0600 and are never "
+        "overwritten."
+    )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

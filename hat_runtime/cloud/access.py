@@ -14,7 +14,7 @@ from hat_runtime.cloud.assembly import ProtocolError
 from hat_runtime.cloud.peer import Peer
 from hat_runtime.security.denied import MAX_BYTES, DeniedError, DenyList, parse
 from hat_runtime.security.folder import TlsFolder
-from hat_runtime.security.spiffe import DEVICE, SpiffeId
+from hat_runtime.security.spiffe import CLOUD, DEVICE, SpiffeId
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,18 @@ class Access:
         """Decide for the cloud whose certificate is in `folder`; None: without TLS, everybody may."""
         self.folder = folder
         self.denied = denied or Denied()
+
+    @classmethod
+    def of(cls, tls: Path | None, denied_file: Path | None) -> Access:
+        """What --tls and --denied-file say.
+
+        Raises:
+            UsageError: one of them cannot be used.
+        """
+        access = cls(None if tls is None else TlsFolder(tls, CLOUD))
+        if denied_file is not None:
+            access.denied.start_from(denied_file)
+        return access
 
     def check(self, peer: Peer) -> None:
         """Return if the peer may use this cloud now.

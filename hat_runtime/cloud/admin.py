@@ -120,7 +120,7 @@ def operators_only(app: ASGIApp, access: Access) -> ASGIApp:
         except (ValueError, IdentityError) as error:
             reason, shown = str(error), ""
         if reason is not None:
-            log.warning("%s of the admin port refused: %s", scope["path"], reason)
+            log.warning("%r of the admin port refused: %s", scope["path"], reason)
             await _refusal(403, "certificate", shown, reason)(scope, receive, send)
             return
         await app(scope, receive, send)

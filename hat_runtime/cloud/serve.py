@@ -5,31 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
 import torch
 from google.protobuf.descriptor_pool import Default
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
 
 from hat_runtime import __version__
 from hat_runtime.cloud.access import Access
-from hat_runtime.cloud.admin import control_routes, denied_routes, health_routes, operators_only
+from hat_runtime.cloud.admin import control_routes, health_routes
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.policy import PolicyStore
+from hat_runtime.cloud.ports import add_grpc_port, serving_http
 from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
 from hat_runtime.cloud.tokens import MODE as PICOSPEC
-from hat_runtime.errors import HatError, UsageError
-from hat_runtime.http import bind, serving
+from hat_runtime.errors import UsageError
+from hat_runtime.http import bind
 from hat_runtime.model import hf
 from hat_runtime.model.attention import make_backend
 from hat_runtime.model.manifest import PartSpan, identity
@@ -39,9 +38,7 @@ from hat_runtime.model.split import LayerRange, cloud_layers
 from hat_runtime.model.tokenizer_id import tokenizer_id
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.security.exposure import check_exposed
-from hat_runtime.security.folder import TlsFolder
-from hat_runtime.security.spiffe import CLOUD
-from hat_runtime.security.tls import server_credentials
+from hat_runtime.security.metrics import measure_expiry
 from hat_runtime.threads import in_passing_thread
 from hat_runtime.wire import codec, frames
 
@@ -101,9 +98,14 @@ class CloudConfig:
             (self.host, self.port, "--listen"),
             (self.http_host, self.http_port, "--http-listen"),
         ):
-            protected = self.tls is not None
-            needs = "it needs --tls DIR"
-            check_exposed(host, port, option, protected=protected, needs=needs, insecure=self.insecure)
+            check_exposed(
+                host,
+                port,
+                option,
+                protected=self.tls is not None,
+                needs="it needs --tls DIR",
+                insecure=self.insecure,
+            )
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     if config.policy_file is not None:
         policy.start_from(config.policy_file)
     state: dict[str, str | None] = {"why": "the model is loading"}
-    access = _access(config)
+    access = Access.of(config.tls, config.denied_file)
+    if access.folder is not None:
+        measure_expiry(access.folder, metrics.registry)
     http_socket = bind(config.http_host, config.http_port, "--http-listen")
     bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
     engine: Engine | None = None
@@ -158,18 +162,9 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
 
     health_side = health_routes(metrics.registry, why_not_ready)
     control_side = control_routes(devices, policy, tuning)
-    async with AsyncExitStack() as stack:
-        if access.folder is None:
-            app = Starlette(routes=[*health_side, *control_side])
-            http_url = admin_url = await stack.enter_async_context(serving(app, http_socket))
-        else:
-            admin_socket = bind(config.admin_host, config.admin_port, "--admin-listen")
-            admin_app = Starlette(routes=[*control_side, *denied_routes(access.denied)])
-            http_app = Starlette(routes=health_side)
-            http_url = await stack.enter_async_context(serving(http_app, http_socket))
-            admin_url = await stack.enter_async_context(
-                serving(operators_only(admin_app, access), admin_socket, tls=access.folder)
-            )
+    admin = (config.admin_host, config.admin_port)
+    http = serving_http(health_side, control_side, http_socket, admin, access)
+    async with http as (http_url, admin_url):
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
@@ -180,10 +175,7 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server, pool=Default()
         )
-        try:
-            port = _add_port(server, f"{config.host}:{config.port}", access.folder)
-        except RuntimeError as error:
-            raise HatError(f"--listen {config.host}:{config.port} cannot be listened on: {error}") from error
+        port = add_grpc_port(server, config.host, config.port, access)
         metrics.model.info(
             {"weights_id": loaded.identity.weights_id, "layers": f"{loaded.identity.lo}:{loaded.identity.hi}"}
             | {"dtype": config.dtype, "version": __version__}
@@ -204,21 +196,6 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
             service.drain(config.drain_s)
             await server.stop(config.drain_s)
             await asyncio.to_thread(engine.stop)
-
-
-def _access(config: CloudConfig) -> Access:
-    if config.tls is None:
-        return Access()
-    access = Access(TlsFolder(config.tls, CLOUD))
-    if config.denied_file is not None:
-        access.denied.start_from(config.denied_file)
-    return access
-
-
-def _add_port(server: grpc.aio.Server, address: str, folder: TlsFolder | None) -> int:
-    if folder is None:
-        return server.add_insecure_port(address)
-    return server.add_secure_port(address, server_credentials(folder))
 
 
 def _load(config: CloudConfig) -> _Loaded:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 
 from hat_runtime.proto.hat.v1 import runtime_pb2_grpc
+from hat_runtime.security.exposure import is_loopback
 from hat_runtime.security.folder import Material, TlsFolder
 from hat_runtime.security.tls import client_channel
 from hat_runtime.wire.frames import MAX_MESSAGE_BYTES
@@ -56,6 +57,16 @@ class Channels:
         self._newest = _Channel(address, self.material)
         self._retired: list[_Channel] = []
         self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def newest(self) -> Material | None:
+        """What the channel for new streams was made with; None: without TLS."""
+        return self._newest.material
+
+    @property
+    def retired(self) -> int:
+        """Channels with an earlier certificate on which streams still live."""
+        return len(self._retired)
 
     @property
     def material(self) -> Material | None:
@@ -109,6 +120,6 @@ def _options(address: str) -> list[tuple[str, int]]:
         # A connection of its own for each channel: with another certificate, another connection.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if address.startswith(("127.", "localhost:", "[::1]")):
+    if is_loopback(address.rpartition(":")[0]):
         options.append(("grpc.enable_http_proxy", 0))
     return options

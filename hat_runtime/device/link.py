@@ -64,7 +64,7 @@ class CloudLink(CloudView):
         self.limits = pb.Limits()
         """The cloud's limits as of the last Describe."""
         self._telemetry_at_s = 0.0
-        self._channels = Channels(address, tls)
+        self.channels = Channels(address, tls)
         self._leases: dict[CloudSession, Lease] = {}
 
     async def describe(self, *, padding: int = 0, reply_padding: int = 0) -> pb.DescribeReply:
@@ -80,7 +80,7 @@ class CloudLink(CloudView):
         """
         request = pb.DescribeRequest(padding=bytes(padding), reply_padding_bytes=reply_padding)
         try:
-            with self._channels.leased() as lease:
+            with self.channels.leased() as lease:
                 reply: pb.DescribeReply = await lease.stub.Describe(request, timeout=self.timeout_s)
         except grpc.aio.AioRpcError as error:
             raise self.explain(error) from error
@@ -107,7 +107,7 @@ class CloudLink(CloudView):
         if wait_s > 0:
             raise CloudOverloaded(f"the cloud at {self.address} asked to be left alone for now", wait_s)
         metadata = (("x-request-id", request_id),) if request_id else None
-        lease = self._channels.lease()
+        lease = self.channels.lease()
         session = CloudSession(self, lease.stub.Session(metadata=metadata), binding)
         self._leases[session] = lease
         self.sessions.add(session)
@@ -220,10 +220,10 @@ class CloudLink(CloudView):
 
     def explain(self, error: grpc.aio.AioRpcError) -> HatError:
         """A failed call to this cloud in words."""
-        return explain(error, self.address, self._channels.material)
+        return explain(error, self.address, self.channels.material)
 
     async def close(self) -> None:
         """End all sessions and the connection."""
         for session in list(self.sessions):
             session.close()
-        await self._channels.close()
+        await self.channels.close()

@@ -33,6 +33,7 @@ from hat_runtime.process import spare_collector
 from hat_runtime.security.exposure import check_dialled, check_exposed
 from hat_runtime.security.folder import TlsFolder
 from hat_runtime.security.keys import KeyFile
+from hat_runtime.security.metrics import measure_expiry
 from hat_runtime.security.spiffe import DEVICE
 from hat_runtime.signals import wait_for_termination
 from hat_runtime.wire.codec import CodecChoice
@@ -137,6 +138,8 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
     """
     metrics = DeviceMetrics(CollectorRegistry())
     tls = None if config.tls is None else TlsFolder(config.tls, DEVICE)
+    if tls is not None:
+        measure_expiry(tls, metrics.registry)
     gate = Gate(config.max_concurrent, config.max_waiting)
     generator: Generator | None = None
 

@@ -76,8 +76,11 @@ class TlsFolder:
         self._clock = clock
         self._lock = threading.Lock()
         self._checked_s = clock()
-        self._seen = self._read()
-        self._material = self._parse(self._seen)
+        found = self._read()
+        self._material = self._parse(found)
+        self._seen: tuple[bytes, bytes, bytes] | str = found
+        self._trouble: str | None = None
+        # What is wrong with what was seen, until it is logged.
 
     def current(self) -> Material:
         """The newest files that go together; what was looked at in the last second is not looked at again."""
@@ -89,15 +92,26 @@ class TlsFolder:
             return self._material
 
     def _look(self) -> None:
+        found: tuple[bytes, bytes, bytes] | str
         try:
             found = self._read()
-            if found == self._seen:
-                return
-            # What was refused once is not logged again and again.
-            self._seen = found
+        except UsageError as error:
+            found = str(error)
+        if found == self._seen:
+            if (
+                self._trouble is not None
+            ):  # not just a look between the first file that was replaced and the last
+                log.error("%s; the certificate before stays in use", self._trouble)
+                self._trouble = None
+            return
+        self._seen, self._trouble = found, None
+        if isinstance(found, str):
+            self._trouble = found
+            return
+        try:
             self._material = self._parse(found)
         except UsageError as error:
-            log.error("%s; the certificate before stays in use", error)
+            self._trouble = str(error)
         else:
             end = self._material.certificate.not_valid_after_utc
             log.info("%s %s: new files, %s until %s", self._option, self.path, self._material.identity, end)
@@ -131,7 +145,10 @@ class TlsFolder:
             raise UsageError(f"{where}: {CERTIFICATE_FILE}: {error}") from error
         if identity.kind != self.kind:
             raise UsageError(f"{where}: {CERTIFICATE_FILE} is that of {identity}, which is no {self.kind}")
-        return Material(chain, key, authorities, certificate, identity)
+        material = Material(chain, key, authorities, certificate, identity)
+        if (reason := material.why_not_valid()) is not None:
+            log.warning("%s: the certificate of %s is of no use: %s", where, identity, reason)
+        return material
 
 
 def identity_of(certificate: x509.Certificate) -> SpiffeId:

@@ -46,6 +46,7 @@ def _context(folder: TlsFolder) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = 0  # a resumed session would show a certificate that nobody has checked again
     context.load_verify_locations(folder.path / CA_FILE)
     context.load_cert_chain(folder.path / CERTIFICATE_FILE, folder.path / KEY_FILE)
     return context

@@ -16,7 +16,6 @@ from cryptography import x509
 from hat_runtime.security.folder import Material, TlsFolder
 
 _CERTIFICATE_PROPERTY = "x509_pem_cert"
-_TRANSPORT_PROPERTY = "transport_security_type"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -75,16 +74,13 @@ def client_channel(address: str, material: Material, options: list[tuple[str, An
 
 
 def peer_certificate(context: Context) -> x509.Certificate | None:
-    """The client's certificate, which the handshake has checked; None on a connection without TLS.
+    """The client's certificate, which the handshake has checked; None on a connection without one.
 
     Raises:
-        ValueError: there is TLS, but no certificate that can be read.
+        ValueError: it cannot be read.
     """
-    properties = context.auth_context()
-    if not properties.get(_TRANSPORT_PROPERTY):
-        return None
-    (pem,) = properties.get(_CERTIFICATE_PROPERTY, (b"",))
-    return x509.load_pem_x509_certificate(pem)
+    pem = context.auth_context().get(_CERTIFICATE_PROPERTY)
+    return None if pem is None else x509.load_pem_x509_certificate(pem[0])
 
 
 def connection_fault(details: str, material: Material | None) -> str | None:

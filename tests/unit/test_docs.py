@@ -82,5 +82,7 @@ def test_links_and_files_exist(document: Path) -> None:
 
 def test_modules_of_the_architecture_exist() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
-    modules = re.findall(r"`((?:cli|cloud|control|device|emulation|model|proto|wire)/[\w./]*)`", text)
+    modules = re.findall(
+        r"`((?:cli|cloud|control|device|emulation|model|proto|security|wire)/[\w./]*)`", text
+    )
     assert [module for module in modules if not (ROOT / "hat_runtime" / module).exists()] == []
