@@ -50,8 +50,11 @@ def has_admin_port(pod: Mapping[str, Any]) -> bool:
 class Doors:
     """Doors of all pods. The operator's own certificates are made here, one for each namespace."""
 
-    def __init__(self, settings: Settings, authorities: Authorities | None = None) -> None:
-        """Without authorities pods with certificates cannot be asked."""
+    def __init__(
+        self, settings: Settings, authorities: Authorities | None = None, tls_url: str = TLS_URL
+    ) -> None:
+        """Without authorities pods with certificates cannot be asked; `tls_url` is where they list their devices."""
+        self._tls_url = tls_url
         self._settings = settings
         self._authorities = authorities
         self._contexts: dict[str, tuple[Signing, float, ssl.SSLContext]] = {}
@@ -73,7 +76,7 @@ class Doors:
             return Door(self._settings.devices_url.format(**place))
         context = await self._context(meta["namespace"])
         server = who.operator(meta["namespace"], self._settings).cloud_dns_name
-        return Door(TLS_URL.format(**place), {"ssl": context, "server_hostname": server})
+        return Door(self._tls_url.format(**place), {"ssl": context, "server_hostname": server})
 
     async def _context(self, namespace: str) -> ssl.SSLContext:
         signing = None if self._authorities is None else self._authorities.known(namespace)
