@@ -22,13 +22,12 @@ from hat_operator.admin import Doors
 from hat_operator.cluster import Cluster
 from hat_operator.denied_push import DeniedPush
 from hat_operator.edges import EdgeClusters
-from hat_operator.identity import pod as program
 from hat_operator.identity import who
 from hat_operator.identity.api import Requests
 from hat_operator.identity.authority import SECRET_NAME, Authorities
 from hat_operator.identity.pod import DeniedError, Identity
 from hat_operator.identity.service import Identities
-from hat_operator.kinds import CERTIFICATE_REQUEST, CONFIG_MAP, EVENT, NODE, POD, SECRET
+from hat_operator.kinds import CERTIFICATE_REQUEST, CONFIG_MAP, EVENT, HATDEPLOYMENT, NODE, POD, SECRET
 from hat_operator.reconcile import Reconciler
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -56,6 +55,10 @@ def asking_is_allowed(plane: ControlPlane, folder: Path) -> None:
     plane.kubectl("apply", "-f", "-", stdin=json.dumps(body))
 
 
+class EndedError(Exception):
+    """As kubelet's signal."""
+
+
 class Pod:
     """The program in one pod's sidecar, with the token and folders that kubelet would give it."""
 
@@ -77,7 +80,7 @@ class Pod:
 
     def _sleep(self, seconds: float) -> None:
         if self._ended.wait(seconds):
-            raise SystemExit
+            raise EndedError
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -88,6 +91,8 @@ class Pod:
                 self.identity.keep()
             except DeniedError as error:
                 self.failure = error
+            except EndedError:
+                return
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
@@ -167,12 +172,10 @@ class World:
         return listed
 
 
-def reconciler(
-    home: Home, settings: Settings = SETTINGS, push: DeniedPush | None = None
-) -> tuple[Identities, Authorities]:
+def reconciler(home: Home, settings: Settings = SETTINGS) -> tuple[Identities, Authorities]:
     """Let the home go on as another process."""
     authorities = Authorities(home.cluster, settings.trust_domain)
-    identities = Identities(home.cluster, settings, authorities, push)
+    identities = Identities(home.cluster, settings, authorities)
     home.reconciler = Reconciler(home.cluster, EdgeClusters(home.cluster), settings, identities=identities)
     return identities, authorities
 
@@ -209,7 +212,7 @@ async def test_new_hatdeployments_are_mutual_and_older_ones_stay_as_they_were(ho
     assert (await home.conditions())["IdentitiesSigned"] == ("True", "Signing")
     body = await home.hat()
     await home.cluster.delete(body)
-    while await home.cluster.get(names_kind(), "chat", home.namespace) is not None:
+    while await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is not None:
         await asyncio.sleep(0.1)
     # As an object whose status an operator has written, and whose spec does not know the field.
     await home.create()
@@ -217,12 +220,6 @@ async def test_new_hatdeployments_are_mutual_and_older_ones_stay_as_they_were(ho
     await home.reconcile()
     assert (await home.hat())["spec"]["security"]["tls"] == "off"
     assert "IdentitiesSigned" not in await home.conditions()
-
-
-def names_kind() -> Any:
-    from hat_operator.kinds import HATDEPLOYMENT
-
-    return HATDEPLOYMENT
 
 
 async def test_device_and_cloud_get_certificates_that_the_runtime_takes(world: World) -> None:
@@ -430,8 +427,6 @@ async def test_devices_of_a_site_ask_there(
         wanted = remote(namespace, deviceSelector={"matchLabels": devices.labels})
         await home.create(**wanted)
         await home.reconcile()
-        service = f"chat-cloud-{names.revision(await world.hat(), SETTINGS)}"
-        assert service
         await home.serve(names.revision(await world.hat(), SETTINGS))
         deadline = time.monotonic() + 40
         while len(await devices.pods()) < 2:
@@ -446,7 +441,3 @@ async def test_devices_of_a_site_ask_there(
         signing = await authorities.get(home.namespace)
         assert found.authorities.decode() == signing.bundle
         assert await cluster.get(SECRET, SECRET_NAME, namespace) is None
-
-
-def test_poll_and_retry_times_are_short_enough_for_a_start() -> None:
-    assert sum(program.POLL_S) < 10
