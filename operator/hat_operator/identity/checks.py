@@ -129,7 +129,7 @@ def _check_device(node: str, side: Side) -> None:
 
 def _extra(spec: Object, key: str) -> str | None:
     """What the API server says of the token; None if it says nothing, or not one thing."""
-    found = spec.get("extra", {}).get(key) or ()
+    found: list[Any] = spec.get("extra", {}).get(key) or []
     return str(found[0]) if len(found) == 1 else None
 
 
@@ -158,7 +158,7 @@ def _key(text: str, wanted: SpiffeId) -> ec.EllipticCurvePublicKey:
         raise Refused(
             f"request: must have subject alternative names and no other extension; it has also {others}"
         )
-    asked: x509.SubjectAlternativeName = extensions[0].value  # type: ignore[assignment]
+    asked: x509.SubjectAlternativeName = extensions[0].value
     names_asked = sorted((type(name).__name__, _text(name)) for name in asked)
     names_due = sorted(
         [("UniformResourceIdentifier", str(wanted)), *(("DNSName", name) for name in wanted.dns_names)]

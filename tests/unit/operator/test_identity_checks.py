@@ -264,7 +264,7 @@ def test_a_pod_that_is_not_the_daemonsets(change: Callable[[Object], Any], words
 
 
 def test_a_denied_device_gets_none() -> None:
-    with pytest.raises(Refused, match="node-1 is in spec.security.deniedDevices"):
+    with pytest.raises(Refused, match=r"node-1 is in spec\.security\.deniedDevices"):
         check(request(), side(security={"deniedDevices": ["node-1"]}), SETTINGS)
 
 
