@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -49,7 +50,12 @@ def add_tls(parser: argparse.ArgumentParser, insecure: str) -> None:
         help="mutual TLS with tls.crt, tls.key and ca.crt of this folder, which are read again when they change: "
         "docs/operations.md, Certificates",
     )
-    parser.add_argument("--insecure", action="store_true", help=insecure)
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        default=os.environ.get("HAT_INSECURE") == "1",
+        help=f"{insecure} (also by the environment: HAT_INSECURE=1)",
+    )
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:

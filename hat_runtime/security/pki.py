@@ -97,11 +97,18 @@ class Authority:
         identity = _identity(self.trust_domain, tenant, kind, name)
         moment = now or datetime.now(UTC)
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
-        usage = ExtendedKeyUsageOID.SERVER_AUTH if kind == CLOUD else ExtendedKeyUsageOID.CLIENT_AUTH
-        end = min(moment + lifetime, self.certificate.not_valid_after_utc)
-        certificate = (
-            _begun(subject, self.certificate.subject, key.public_key(), moment - SKEW, end)
+        certificate = self.certify(identity, key.public_key(), moment - SKEW, moment + lifetime)
+        return Issued(identity, certificate, key, self.certificate)
+
+    def certify(
+        self, identity: SpiffeId, key: ec.EllipticCurvePublicKey, begin: datetime, end: datetime
+    ) -> x509.Certificate:
+        """A certificate of `identity` for a key that somebody else holds; it ends before the authority's."""
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name[:64])])
+        usage = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == CLOUD else ExtendedKeyUsageOID.CLIENT_AUTH
+        end = min(end, self.certificate.not_valid_after_utc)
+        return (
+            _begun(subject, self.certificate.subject, key, begin, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -111,7 +118,6 @@ class Authority:
             )
             .sign(self.key, hashes.SHA256())
         )
-        return Issued(identity, certificate, key, self.certificate)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,11 @@ class Issued:
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
     authority: x509.Certificate
+
+    @property
+    def key_pem(self) -> bytes:
+        """The key as text."""
+        return _key_pem(self.key)
 
     def save(self, folder: Path) -> None:
         """Write what `--tls FOLDER` takes, the key with mode 0600. Raises UsageError where a file exists."""

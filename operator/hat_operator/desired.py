@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import cloud, edge, monitor, policies, policy_map
+from hat_operator.objects import cloud, denied_map, edge, monitor, policies, policy_map
 from hat_operator.rollout import revision_of
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -32,6 +32,8 @@ class Observed:
     """Older revisions that devices still use; their Deployments stay."""
     policy: str | None = None
     """The chunk policy, in JSON, that replicas should start with; None: there is none to keep."""
+    denied: Mapping[str, str] | None = None
+    """What the ConfigMap with the deny-list should hold; None: there is none to keep."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def _cloud(
 ) -> list[dict[str, Any]]:
     name, namespace = names.cloud(hat), hat.namespace
     found = [cloud.service_account(hat, names.CLOUD, name, namespace)]
-    if hat.spec.network_policies:
-        found.append(policies.cloud(hat))
+    if hat.spec.security.network_policies:
+        found.append(policies.cloud(hat, settings))
     found.append(cloud.service(hat, serving))
     if names.endpoint_per_revision(hat):
         # One that is there stays as it is, with the port that its devices know.
@@ -99,6 +101,8 @@ def _cloud(
     found.append(cloud.disruption_budget(hat))
     if observed.policy is not None:
         found.append(policy_map.config_map(hat, observed.policy))
+    if observed.denied is not None:
+        found.append(denied_map.config_map(hat, observed.denied))
     found.append(cloud.deployment(hat, settings, wanted))
     if monitor.wanted(hat, observed.apis):
         found.append(monitor.pod_monitor(hat, names.CLOUD, name, namespace))
@@ -119,9 +123,9 @@ def _edge(
     name, namespace = names.edge(hat), names.edge_namespace(hat)
     endpoint = cloud_endpoint(hat, observed, wanted)
     found = [cloud.service_account(hat, names.EDGE, name, namespace)]
-    if hat.spec.network_policies:
+    if hat.spec.security.network_policies:
         dialled = {endpoint, *(observed.endpoints.get(revision) for revision in kept)}
-        found.append(policies.edge(hat, sorted(filter(None, dialled))))
+        found.append(policies.edge(hat, settings, sorted(filter(None, dialled))))
     found.append(edge.service(hat, spec))
     if endpoint is not None and serving == wanted and not hat.spec.suspend:
         found += edge.daemonsets(hat, spec, settings, wanted, endpoint)

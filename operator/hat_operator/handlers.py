@@ -69,6 +69,11 @@ async def child(labels: Mapping[str, str], memo: kopf.Memo, **_: Any) -> None:
     _request(memo.worker, labels.get(names.LABEL_NAMESPACE), labels.get(names.LABEL_DEPLOYMENT))
 
 
+def watch_requests() -> None:
+    """From the next start of kopf on, look at a HatDeployment when one of its pods asks for a certificate."""
+    kopf.on.event("certificates.k8s.io", "v1", "certificatesigningrequests", labels=_CHILD)(child)
+
+
 def _request(worker: Worker, namespace: str | None, name: str | None) -> None:
     if namespace and name:
         worker.request(namespace, name)

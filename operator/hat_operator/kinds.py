@@ -47,6 +47,9 @@ SECRET = Kind("v1", "Secret", "secrets")
 POD = Kind("v1", "Pod", "pods")
 NODE = Kind("v1", "Node", "nodes", namespaced=False)
 EVENT = Kind("v1", "Event", "events")
+CERTIFICATE_REQUEST = Kind(
+    "certificates.k8s.io/v1", "CertificateSigningRequest", "certificatesigningrequests", namespaced=False
+)
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 DISRUPTION_BUDGET = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
 NETWORK_POLICY = Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
@@ -58,7 +61,10 @@ EDGE_CHILDREN = (DAEMONSET, SERVICE, SERVICE_ACCOUNT, NETWORK_POLICY)
 
 _BY_NAME = {
     (kind.api_version, kind.name): kind
-    for kind in (*CHILDREN, HATDEPLOYMENT, CONFIG_MAP, SECRET, POD, NODE, EVENT, LEASE, POD_MONITOR)
+    for kind in (
+        *(*CHILDREN, HATDEPLOYMENT, CONFIG_MAP, SECRET, POD, NODE, EVENT, LEASE, POD_MONITOR),
+        CERTIFICATE_REQUEST,
+    )
 }
 
 

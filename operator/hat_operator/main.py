@@ -15,8 +15,12 @@ from kubernetes.config import ConfigException
 from prometheus_client import start_http_server
 
 from hat_operator import handlers
+from hat_operator.admin import Doors
 from hat_operator.cluster import Cluster
+from hat_operator.denied_push import DeniedPush
 from hat_operator.edges import EdgeClusters
+from hat_operator.identity.authority import Authorities
+from hat_operator.identity.service import Identities
 from hat_operator.kubeconfig import own_client
 from hat_operator.leader import Identity, Leader
 from hat_operator.reconcile import Reconciler
@@ -63,13 +67,22 @@ async def run(settings: Settings, home: Cluster, leader: Leader) -> None:
     server.close()
     await server.wait_closed()
     holding = asyncio.create_task(leader.hold(_end), name="lease")
-    telemetry = Telemetry(home, settings.namespaces, settings.devices_url, settings.resync_s / 2)
+    authorities = Authorities(home, settings.trust_domain)
+    doors = Doors(settings, authorities)
+    telemetry = Telemetry(home, settings.namespaces, doors, settings.resync_s / 2)
     # Only a pass makes a watch, so the worker is there when one asks it for another pass.
     watches = EdgeWatches(lambda namespace, name: worker.request(namespace, name))
     loop = SlowLoop(home, telemetry, lambda namespace, name: worker.request(namespace, name))
-    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry, watches, loop)
+    denied = DeniedPush(
+        home, settings.namespaces, doors, settings.resync_s / 2, lambda *key: worker.request(*key)
+    )
+    identities = Identities(home, settings, authorities, denied)
+    reconciler = Reconciler(home, EdgeClusters(home), settings, telemetry, watches, loop, identities)
     worker = Worker(reconciler, home, settings.namespaces, settings.resync_s, watches)
+    if settings.identities:  # else the rights for it may be missing
+        handlers.watch_requests()
     asking = asyncio.create_task(telemetry.run(loop.round), name="telemetry")
+    denying = asyncio.create_task(denied.run(), name="deny-lists")
     try:
         await kopf.operator(
             clusterwide=not settings.namespaces,
@@ -80,6 +93,7 @@ async def run(settings: Settings, home: Cluster, leader: Leader) -> None:
         )
     finally:
         asking.cancel()
+        denying.cancel()
         holding.cancel()
         await leader.release()
 

@@ -47,6 +47,20 @@ POLICY_AGE = Gauge(
     "Since a pod gave the figures behind a HatDeployment's chunk policy; 0 while it has no ready pods.",
     ["namespace", "name"],
 )
+CERTIFICATES_SIGNED = Counter(
+    "hat_operator_certificates_signed_total", "Certificates signed for pods, by whose they are.", ["kind"]
+)
+CERTIFICATES_REFUSED = Counter(
+    "hat_operator_certificates_refused_total", "Requests for a certificate that were denied.", ["kind"]
+)
+for _kind in ("device", "cloud"):
+    CERTIFICATES_SIGNED.labels(_kind)
+    CERTIFICATES_REFUSED.labels(_kind)
+DENIED_PUSHES = Counter(
+    "hat_operator_denied_pushes_total", "Deny-lists sent to pods of the cloud, by result.", ["result"]
+)
+for _result in ("ok", "failed"):
+    DENIED_PUSHES.labels(_result)
 QUEUED = Gauge("hat_operator_queued", "HatDeployments that wait for a reconcile or are in one.")
 EDGE_STREAMS = Gauge("hat_operator_edge_streams", "Open watches of devices' clusters, one for each kind.")
 LEADER = Gauge("hat_operator_leader", "1 while this process holds the lease.")

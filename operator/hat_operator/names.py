@@ -32,7 +32,12 @@ CLOUD = "cloud"
 EDGE = "edge"
 
 GRPC_PORT = 7070
-ADMIN_PORT = 7071
+HTTP_PORT = 7071
+"""Health and metrics; without certificates also what only the operator is to use."""
+ADMIN_PORT = 7072
+"""That, with certificates."""
+ADMIN = "admin"
+"""Name of this port in a pod; those that have it are asked with a certificate."""
 DEVICE_PORT = 8000
 
 
@@ -109,6 +114,8 @@ def revision(hat: HatDeployment, settings: Settings) -> str:
         "version": runtime_version(hat, settings),
         "image": hat.spec.cloud.image,
     }
+    if hat.spec.security.mutual:
+        agreed["tls"] = settings.trust_domain
     if hat.spec.mode != "hat":  # an upgrade of the operator must not change the revisions that are there
         agreed["mode"] = hat.spec.mode
     return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()[:8]
@@ -122,6 +129,11 @@ def cloud(hat: HatDeployment) -> str:
 def cloud_policy(hat: HatDeployment) -> str:
     """ConfigMap with the chunk policy that replicas start with."""
     return f"{hat.name}-cloud-policy"
+
+
+def cloud_denied(hat: HatDeployment) -> str:
+    """ConfigMap with the deny-list that replicas start with."""
+    return f"{hat.name}-cloud-denied"
 
 
 def cloud_revision(hat: HatDeployment, revision: str) -> str:

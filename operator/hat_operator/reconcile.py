@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from hat_operator import devices, events, gauges, names, refusals, rollout, sites, status
@@ -18,6 +19,8 @@ from hat_operator.deletion import Deletion
 from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
 from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
 from hat_operator.figures import Pace
+from hat_operator.identity.authority import Authorities
+from hat_operator.identity.service import Identities, Looked
 from hat_operator.kinds import CONFIG_MAP, HATDEPLOYMENT, NODE, POD
 from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
@@ -55,11 +58,13 @@ class Reconciler:
         telemetry: Telemetry | None = None,
         watches: EdgeWatches | None = None,
         loop: SlowLoop | None = None,
+        identities: Identities | None = None,
     ) -> None:
         """Without telemetry devices have no figures, without watches other clusters are polled only.
 
-        Without a loop no chunk sizes are proposed.
+        Without a loop no chunk sizes are proposed; without identities a new deny-list reaches new pods only.
         """
+        self._identities = identities or Identities(home, settings, Authorities(home, settings.trust_domain))
         self._loop = loop
         self._home = home
         self._telemetry = telemetry
@@ -102,11 +107,16 @@ class Reconciler:
         return again_s
 
     async def _complete(self, body: Object, hat: HatDeployment) -> Object:
-        """Write what the operator adds: runtime.version once, and for a second cluster the finalizer and its place."""
+        """Write what the operator adds: version and tls once, and for a second cluster the finalizer and its place."""
         change: dict[str, Any] = {}
+        # Once, so that the upgrade of the operator does not roll every HatDeployment.
         if not hat.spec.version:
-            # Once, so that the upgrade of the operator does not roll every HatDeployment.
             change["spec"] = {"runtime": {"version": self._settings.version}}
+        if not hat.spec.security.tls:
+            # One that is older than the field goes on as it was.
+            old = "observedGeneration" in body.get("status", {})
+            tls = "mutual" if self._settings.identities and not old else "off"
+            change.setdefault("spec", {})["security"] = {"tls": tls}
         ref = hat.spec.edge_cluster
         if ref is not None:
             meta: dict[str, Any] = {}
@@ -126,17 +136,21 @@ class Reconciler:
         cloud, local = await Children.read_home(self._home, hat)
         policy = await self._policy(hat, body, cloud)
         site = await self._read_site(hat, local)
+        here = None if site.children is None else site.children.cluster
+        looked = await self._identities.look(body, hat, cloud, here, site.nodes)
         wanted = names.revision(hat, self._settings)
-        desired, seen = self._plan(hat, cloud, site, wanted, policy)
+        plan = partial(self._plan, hat, cloud, site, wanted, policy, looked)
+        desired, seen = plan()
         problem = None
         try:
             await cloud.apply(desired.cloud)
             # The Service knows its node port only now, and a Deployment of no replicas is ready at once.
             before = desired.cloud
-            desired, seen = self._plan(hat, cloud, site, wanted, policy)
+            desired, seen = plan()
             if desired.cloud != before:
                 await cloud.apply(desired.cloud)
             await cloud.prune(desired.cloud, desired.keeps)
+            await self._identities.published(body, hat, looked)
         except ClusterError as error:
             if error.cluster_away:
                 raise
@@ -164,7 +178,13 @@ class Reconciler:
         return self._loop.stored(body, hat, live)
 
     def _plan(
-        self, hat: HatDeployment, cloud: Children, site: _Site, wanted: str, policy: str | None
+        self,
+        hat: HatDeployment,
+        cloud: Children,
+        site: _Site,
+        wanted: str,
+        policy: str | None,
+        looked: Looked,
     ) -> tuple[Desired, CloudSeen]:
         deployments = rollout.by_revision(cloud.live.values())
         service = cloud.service(names.cloud(hat))
@@ -181,9 +201,10 @@ class Reconciler:
             edge_apis=frozenset() if site.children is None else site.children.apis,
             draining=draining,
             policy=policy,
+            denied=looked.denied,
         )
         endpoint = cloud_endpoint(hat, observed, observed.serving_revision or wanted)
-        seen = CloudSeen(wanted, observed.serving_revision, endpoint=endpoint)
+        seen = CloudSeen(wanted, observed.serving_revision, endpoint=endpoint, identities=looked.finding)
         return desired_objects(hat, self._settings, observed), seen
 
     async def _read_site(self, hat: HatDeployment, local: Children) -> _Site:
@@ -230,6 +251,7 @@ class Reconciler:
         self._pace.forget((namespace, name))
         if self._loop is not None:
             self._loop.forget(namespace, name)
+        self._identities.forget(namespace, name)
         self._sites.forget(namespace, name)
         gauges.forget(namespace, name)
         if self._watches is not None:

@@ -56,6 +56,7 @@ def render(text: str, file: str = "FILE", registry: str = "", version: str = "")
         UsageError: it is no HatDeployment, or fields are wrong: one line for each, with its value.
     """
     from hat_operator import names
+    from hat_operator.denials import Denials
     from hat_operator.desired import Observed, desired_objects
     from hat_operator.policy import adaptive
     from hat_operator.schema import apply_defaults, load_schema, problems
@@ -75,7 +76,8 @@ def render(text: str, file: str = "FILE", registry: str = "", version: str = "")
     settings = Settings(registry, version)
     endpoints = {names.revision(hat, settings): stand_in}
     policy = PublishedPolicy().to_json() if adaptive(hat.spec.mode, hat.spec.chunking) else None
-    observed = Observed(cloud_endpoint=stand_in, endpoints=endpoints, policy=policy)
+    denied = Denials().next(hat, settings, None, 0.0).data() if hat.spec.security.mutual else None
+    observed = Observed(cloud_endpoint=stand_in, endpoints=endpoints, policy=policy, denied=denied)
     return desired_objects(hat, settings, observed)
 
 

@@ -137,5 +137,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ),
     "self.l4t == '' || self.arch == 'arm64'": lambda self: self["l4t"] == "" or self["arch"] == "arm64",
     "self == 'none'": lambda self: bool(self == "none"),
-    "self == 'off'": lambda self: bool(self == "off"),
+    (
+        "!has(self.deniedDevices) || size(self.deniedDevices) == 0 || !has(self.tls) || self.tls != 'off'"
+    ): lambda self: not self.get("deniedDevices") or self.get("tls") != "off",
 }

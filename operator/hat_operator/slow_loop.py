@@ -122,7 +122,7 @@ class SlowLoop:
                 behind = [
                     pod for pod in telling if pod.said.policy_version not in (None, loop.published.version)
                 ]
-                taken = await asyncio.gather(*(push(session, pod.url, text) for pod in behind))
+                taken = await asyncio.gather(*(push(session, pod.door, text) for pod in behind))
                 for pod, took in zip(behind, taken, strict=True):
                     if took:
                         self._telemetry.has_policy(key, pod, loop.published.version)

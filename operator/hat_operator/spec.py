@@ -125,6 +125,23 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Security:
+    """What surrounds the pods."""
+
+    network_policies: bool
+    tls: str
+    """mutual or off; "" until the operator wrote one of them there."""
+    certificate_hours: int
+    denied: frozenset[str]
+    """Devices that the cloud is to refuse."""
+
+    @property
+    def mutual(self) -> bool:
+        """Whether both sides show certificates."""
+        return self.tls != "off"
+
+
+@dataclass(frozen=True)
 class Spec:
     """What is wanted."""
 
@@ -141,7 +158,7 @@ class Spec:
     chunking: Chunking
     wire: Wire
     pull_secrets: tuple[str, ...]
-    network_policies: bool
+    security: Security
     log_level: str
     pod_monitor: str
 
@@ -207,13 +224,22 @@ def _spec(spec: Fields) -> Spec:
         chunking=Chunking.parse(spec.sub("chunking")),
         wire=Wire.parse(spec.sub("wire")),
         pull_secrets=tuple(item.text("name") for item in spec.items("imagePullSecrets")),
-        network_policies=spec.sub("security").flag("networkPolicies"),
+        security=_security(spec.sub("security")),
         log_level=spec.sub("observability").text("logLevel"),
         pod_monitor=spec.sub("observability").text("podMonitor"),
     )
     if parsed.edge is not None:
         _check_devices_model(parsed, parsed.edge)
     return parsed
+
+
+def _security(security: Fields) -> Security:
+    return Security(
+        network_policies=security.flag("networkPolicies"),
+        tls=security.text("tls"),
+        certificate_hours=security.number("certificateHours"),
+        denied=frozenset(security.texts("deniedDevices")),
+    )
 
 
 def _check_devices_model(spec: Spec, edge: Edge) -> None:

@@ -17,8 +17,8 @@ from hat_operator.spec import HatDeployment
 
 READY, CLOUD_READY, EDGE_READY = "Ready", "CloudReady", "EdgeReady"
 EDGE_REACHABLE, SPLIT_VALID, PROGRESSING = "EdgeClusterReachable", "ModelSplitValid", "Progressing"
-METRICS_AVAILABLE = "MetricsAvailable"
-_READY_NEEDS = (SPLIT_VALID, CLOUD_READY, EDGE_REACHABLE, EDGE_READY)
+METRICS_AVAILABLE, IDENTITIES_SIGNED = "MetricsAvailable", "IdentitiesSigned"
+_READY_NEEDS = (SPLIT_VALID, IDENTITIES_SIGNED, CLOUD_READY, EDGE_REACHABLE, EDGE_READY)
 _MESSAGE_MAX = 1024
 
 
@@ -74,6 +74,8 @@ class CloudSeen:
     """Why the API server does not take the wanted revision's pods."""
     metrics: MetricsSeen | None = None
     """None: nobody has been asked since this process started."""
+    identities: Finding | None = None
+    """None: there are no certificates."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def model_text(hat: HatDeployment) -> str:
 def findings(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> dict[str, Finding]:
     """All conditions that apply to this HatDeployment."""
     found = {SPLIT_VALID: _split(cloud), CLOUD_READY: _cloud(hat, cloud)}
+    if cloud.identities is not None:
+        found[IDENTITIES_SIGNED] = cloud.identities
     if hat.spec.edge is not None:
         if hat.spec.edge_cluster is not None:
             found[EDGE_REACHABLE] = _reachable(edge)

@@ -13,10 +13,12 @@ from typing import Any
 import aiohttp
 
 from hat_operator import events, metrics, names
+from hat_operator.admin import Door, Doors
 from hat_operator.answers import Report, Said, newest, parse
 from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.devices import is_ready
 from hat_operator.figures import CONTACT, Figures
+from hat_operator.identity.authority import AuthorityError
 from hat_operator.kinds import POD
 from hat_operator.status import MetricsSeen
 
@@ -41,7 +43,7 @@ class Pod:
     """One pod and what it said last."""
 
     uid: str
-    url: str
+    door: Door
     """Where it lists its devices."""
     asked: float
     """Monotonic seconds of the first question."""
@@ -55,18 +57,18 @@ class Pod:
 class Telemetry:
     """Asks every ready pod of the cloud in turn; reconciles only read what was found, so no pod can hold them up."""
 
-    def __init__(self, home: Cluster, namespaces: Sequence[str], url: str, every_s: float) -> None:
+    def __init__(self, home: Cluster, namespaces: Sequence[str], doors: Doors, every_s: float) -> None:
         """Nothing is asked before `run`.
 
         Args:
             home: where the cloud's pods are.
             namespaces: those that are served; none means all.
-            url: of a pod's list of devices, with {ip}, {namespace} and {pod} for the pod's own.
+            doors: how pods are reached.
             every_s: seconds between two rounds.
         """
         self._home = home
         self._namespaces = namespaces
-        self._url = url
+        self._doors = doors
         self._every_s = every_s
         self._silent_s = max(SILENT_S, 2.5 * every_s)
         self._soon = asyncio.Event()
@@ -148,9 +150,9 @@ class Telemetry:
         slots = asyncio.Semaphore(PARALLEL)
         begin = time.monotonic()
         answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
-        for pod, answer in zip(pods, answers, strict=True):
+        for pod, (door, answer) in zip(pods, answers, strict=True):
             key, uid = _owner(pod), pod["metadata"]["uid"]
-            known = before.get(key, {}).get(uid, Pod(uid, self._address(pod), begin))
+            known = replace(before.get(key, {}).get(uid, Pod(uid, door, begin)), door=door)
             if isinstance(answer, str):
                 answered = replace(known, error=answer)
             else:
@@ -160,27 +162,23 @@ class Telemetry:
 
     async def _ask(
         self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Mapping[str, Any]
-    ) -> Said | str:
+    ) -> tuple[Door, Said | str]:
         """What the pod says, or why it says nothing."""
-        url = self._address(pod)
+        door = Door("")
         try:
-            async with slots, session.get(url, allow_redirects=False) as response:
+            door = await self._doors.of(pod)
+            async with slots, session.get(door.url, allow_redirects=False, **door.options) as response:
                 if response.status != 200:
                     raise ValueError(f"status {response.status}")
                 found = parse(await _body(response), time.monotonic())
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, AuthorityError) as error:
             metrics.DEVICE_POLLS.labels("failed").inc()
-            log.debug("%s: %s", url, error or type(error).__name__)
+            log.debug("%s: %s", door.url, error or type(error).__name__)
             # Without addresses and the like: it goes into a condition, which should stay the same.
-            return str(error) if isinstance(error, ValueError) else type(error).__name__
+            told = isinstance(error, ValueError | AuthorityError)
+            return door, str(error) if told else type(error).__name__
         metrics.DEVICE_POLLS.labels("ok").inc()
-        return found
-
-    def _address(self, pod: Mapping[str, Any]) -> str:
-        """Where a pod lists its devices."""
-        meta, address = pod["metadata"], str(pod["status"].get("podIP", ""))
-        host = f"[{address}]" if ":" in address else address
-        return self._url.format(ip=host, namespace=meta["namespace"], pod=meta["name"])
+        return door, found
 
 
 def _owner(pod: Mapping[str, Any]) -> Key:

@@ -21,11 +21,11 @@ from kubernetes.client.rest import should_bypass_proxies
 from hat_operator import metrics, names
 from hat_operator.cluster import Cluster
 from hat_operator.devices import is_ready
-from hat_operator.kinds import EDGE_CHILDREN, NODE, POD, POD_MONITOR, Kind
+from hat_operator.kinds import CERTIFICATE_REQUEST, EDGE_CHILDREN, NODE, POD, POD_MONITOR, Kind
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
-KINDS = (*EDGE_CHILDREN, POD_MONITOR, POD, NODE)
+KINDS = (*EDGE_CHILDREN, POD_MONITOR, POD, NODE, CERTIFICATE_REQUEST)
 DELAY_S = 0.5
 """Events within this time make one pass: an update of all devices reports each of them several times."""
 CONNECT_S = 10.0

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from hat_operator.identity.authority import pem
+from hat_operator.identity.authority import read as read_authority
 from tests.harness import images
 from tests.harness.cluster import Cluster
 from tests.harness.controlplane import KubectlError
@@ -41,6 +43,19 @@ try:
         print(answer.read().decode())
 except urllib.error.HTTPError as error:
     sys.exit(f"{error} {error.read().decode()}")
+"""
+_ADMIN = """
+import http.client, json, socket, ssl, sys
+asked = json.load(sys.stdin)
+context = ssl.create_default_context(cadata=asked["trusted"])
+context.load_cert_chain(asked["certificate"])
+connection = http.client.HTTPSConnection(asked["host"], 7072)
+raw = socket.create_connection((asked["host"], 7072), timeout=20)
+connection.sock = context.wrap_socket(raw, server_hostname="hat-cloud.hat.internal")
+connection.request("GET", asked["path"])
+answer = connection.getresponse()
+text = answer.read().decode()
+sys.exit(f"{answer.status} {text}") if answer.status != 200 else print(text)
 """
 
 
@@ -200,6 +215,32 @@ class Product:
             return json.loads(done.stdout)
         return done.stdout
 
+    def admin(self, name: str, path: str) -> Any:
+        """JSON of a replica's admin port, asked as an operator would. Raises RequestError."""
+        (replica,) = self.objects(self.cloud, TEAM, "pods", f"hat.dev/deployment={name}")
+        signing = read_authority(self.get(self.cloud, TEAM, "secret", "hat-ca"), "hat.internal")
+        issued = signing.authority.issue(TEAM, "operator", "test")
+        file = self._folder / "operator.pem"
+        file.touch(mode=0o600)
+        file.write_bytes(issued.key_pem + pem(issued.certificate))
+        asked = {
+            "host": replica["status"]["podIP"],
+            "path": path,
+            "trusted": signing.bundle,
+            "certificate": str(file),
+        }
+        done = subprocess.run(
+            [*self.cloud.sandbox.network_only, sys.executable, "-c", _ADMIN],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        if done.returncode:
+            raise RequestError((done.stderr.strip().splitlines() or ["no message"])[-1])
+        return json.loads(done.stdout)
+
     def chat(self, name: str, prompt: str, max_tokens: int = 24, **more: Any) -> str:
         """Greedy answer of the device to one message."""
         body = {
@@ -249,6 +290,12 @@ def load_images(cluster: Cluster, folder: Path) -> None:
     """Gives the cluster's node the images of cloud, edge and operator; `folder` is for the archive."""
     refs = [f"{REGISTRY}/hat-{side}:{tag}" for side in ("cloud", "edge", "operator") for tag in VERSIONS]
     cluster.node.load(images.write_hat(folder / f"{cluster.name}.tar", refs))
+
+
+def fetching(pod: Mapping[str, Any]) -> list[str]:
+    """Names of a pod's init containers that end: those that fetch a model."""
+    found = pod["spec"].get("initContainers", ())
+    return [item["name"] for item in found if item.get("restartPolicy") != "Always"]
 
 
 def create(cluster: Cluster, namespace: str, body: Mapping[str, Any]) -> None:

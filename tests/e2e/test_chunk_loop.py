@@ -78,8 +78,7 @@ class Scene:
 
     def policy(self) -> dict[str, Any]:
         """The one in effect in the cloud's pod."""
-        url = f"http://{self.address('cloud')}:7071/v1/policy"
-        found: dict[str, Any] = self.product.call(self.product.cloud, url)
+        found: dict[str, Any] = self.product.admin(NAME, "/v1/policy")
         return found
 
     def sizes(self) -> dict[str, int]:
@@ -149,7 +148,7 @@ def test_a_throttled_link_is_seen_everywhere(scene: Scene) -> None:
 def test_silence_freezes_the_policy_and_devices_adapt_without_an_operator(scene: Scene) -> None:
     product = scene.product
     (operator,) = product.objects(product.cloud, SYSTEM, "pods", "app.kubernetes.io/component=operator")
-    rule = ["FORWARD", "-s", operator["status"]["podIP"], "-p", "tcp", "--dport", "7071", "-j", "DROP"]
+    rule = ["FORWARD", "-s", operator["status"]["podIP"], "-p", "tcp", "--dport", "7072", "-j", "DROP"]
     before = scene.policy()
     product.cloud.sandbox.run("iptables", "-I", *rule)
     try:

@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.e2e.product import REGISTRY, SITE_NAMESPACE, TEAM, Product, RequestError, create, make_claim
+from tests.e2e.product import (
+    REGISTRY,
+    SITE_NAMESPACE,
+    TEAM,
+    Product,
+    RequestError,
+    create,
+    fetching,
+    make_claim,
+)
 from tests.harness.cluster import Cluster
 from tests.operator.manifests import hat_deployment
 
@@ -114,8 +123,8 @@ def command_line(product: Product, cluster: Cluster, pod: dict[str, Any]) -> lis
 def test_source_claim_split_dtype_and_sessions(tuned: Product) -> None:
     """The process serves what the spec says: asked of itself, and of its command line."""
     cloud, device = pods(tuned)
-    assert "initContainers" not in cloud["spec"]
-    assert "initContainers" not in device["spec"]
+    assert fetching(cloud) == []
+    assert fetching(device) == []
     told = command_line(tuned, tuned.cloud, cloud)
     assert told[told.index("--max-sessions") + 1] == "7"
     address = cloud["status"]["podIP"]

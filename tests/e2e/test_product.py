@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -79,6 +80,67 @@ def cloud_tokens(product: Product, address: str) -> float:
     lines = [line for line in text.splitlines() if line.startswith("hat_tokens_computed_total")]
     assert lines, text[:2000]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def test_both_sides_show_certificates_that_the_operator_has_signed(example: Product) -> None:
+    assert example.hat(NAME)["spec"]["security"]["tls"] == "mutual"
+    assert example.condition(NAME, "IdentitiesSigned") == ("True", "Signing")
+    sides = ((example.edge, SITE_NAMESPACE, "device"), (example.cloud, TEAM, "cloud"))
+    for cluster, namespace, kind in sides:
+        asked = example.objects(cluster, namespace, "csr", f"hat.dev/deployment={NAME}")
+        filed = [item for item in asked if item["spec"]["signerName"] == f"hat.dev/{kind}"]
+        assert filed
+        for item in filed:
+            assert item["status"]["conditions"][0]["type"] == "Approved"
+            assert item["status"]["certificate"]
+        (pod,) = example.objects(cluster, namespace, "pods", f"hat.dev/deployment={NAME}")
+        # The process that serves has no token of the API server, and so cannot ask for anything itself.
+        token = "/var/run/secrets/kubernetes.io/serviceaccount"
+        mounted = [item["mountPath"] for item in pod["spec"]["containers"][0]["volumeMounts"]]
+        assert "/tls" in mounted
+        assert token not in mounted
+    (replica,) = example.objects(example.cloud, TEAM, "pods", f"hat.dev/deployment={NAME}")
+    with pytest.raises(RequestError):
+        example.call(example.cloud, f"http://{replica['status']['podIP']}:7071/v1/devices")
+    assert example.admin(NAME, "/v1/devices")["devices"][0]["name"] == DEVICE
+
+
+def test_a_denied_device_is_cut_off_in_the_middle_of_an_answer(example: Product) -> None:
+    outcome: list[str] = []
+
+    def talk() -> None:
+        body = {"model": NAME, "prompt": "1 2 3 4 5 6", "max_tokens": 1800, "temperature": 0}
+        try:
+            example.ask(NAME, "/v1/completions", body, timeout_s=170)
+            outcome.append("answered")
+        except RequestError as error:
+            outcome.append(str(error))
+
+    (replica,) = example.objects(example.cloud, TEAM, "pods", f"hat.dev/deployment={NAME}")
+    before = cloud_tokens(example, replica["status"]["podIP"])
+    client = threading.Thread(target=talk)
+    client.start()
+    try:
+        example.wait(
+            "the answer is under way",
+            lambda: cloud_tokens(example, replica["status"]["podIP"]) > before + 20,
+            60,
+        )
+        began = time.monotonic()
+        example.patch(NAME, {"security": {"deniedDevices": [DEVICE]}})
+        client.join(180)
+        print(f"cut off {time.monotonic() - began:.1f} s after kubectl patch: {outcome}")
+        assert outcome
+        assert "device_forbidden" in outcome[0]
+        with pytest.raises(RequestError):
+            example.chat(NAME, PROMPT, 4, timeout_s=60)
+        assert [item["reason"] for item in example.objects(example.cloud, TEAM, "events")].count(
+            "DevicesDenied"
+        ) == 1
+    finally:
+        example.patch(NAME, {"security": {"deniedDevices": []}})
+        client.join(180)
+    example.wait("the device answers again", partial(answers, example), 60)
 
 
 def test_a_pod_on_the_device_asks_by_the_services_name(example: Product) -> None:

@@ -35,7 +35,7 @@ def rolling(product: Product) -> Iterator[Product]:
 
 
 @contextmanager
-def traffic(product: Product) -> Iterator[list[str]]:
+def traffic(product: Product, name: str = NAME) -> Iterator[list[str]]:
     """Clients that ask the device all the time; the list fills with requests that were accepted and not answered.
 
     A device whose pod is just being replaced refuses new requests: clients ask again, as OpenAI's clients do.
@@ -49,7 +49,7 @@ def traffic(product: Product) -> Iterator[list[str]]:
             deadline = time.monotonic() + RETRY_S
             while True:
                 try:
-                    product.chat(NAME, "Name three rivers of Europe.", 16)
+                    product.chat(name, "Name three rivers of Europe.", 16)
                     answered[0] += 1
                     break
                 except RequestError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.product import SITE_NAMESPACE, TEAM, Product, make_claim
+from tests.e2e.product import SITE_NAMESPACE, TEAM, Product, fetching, make_claim
 from tests.e2e.test_product import local_answer
 from tests.harness.cluster import Cluster
 from tests.operator.manifests import REMOVED
@@ -85,7 +85,7 @@ def test_a_draft_model_from_a_claim_leaves_the_cloud_alone(
     product.wait_ready(NAME, READY_S)
     told = options(product, product.edge, SITE_NAMESPACE)
     assert (told["--draft-model"], told["--max-draft"], told["--window"]) == ("/model/small", "6", "1")
-    assert "initContainers" not in one_pod(product, product.edge, SITE_NAMESPACE)["spec"]
+    assert fetching(one_pod(product, product.edge, SITE_NAMESPACE)) == []
     text, seen = ask(product)
     assert text == answers[PROMPT]
     assert 0 < seen["accepted_tokens"] <= seen["draft_tokens"]

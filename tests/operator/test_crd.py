@@ -48,7 +48,7 @@ DEFAULTS = {
     "speculation": {"drafter": "auto", "branches": 1, "sampler": "coupled"},
     "chunking": {"mode": "auto", "minTokens": 64, "maxTokens": 512},
     "wire": {"uplink": "none", "uplinkDecode": "none", "downlink": "none"},
-    "security": {"networkPolicies": True, "tls": "off"},
+    "security": {"networkPolicies": True, "tls": "", "certificateHours": 24},
     "observability": {"logLevel": "info", "podMonitor": "auto"},
 }
 EDGE_DEFAULTS = {
@@ -178,11 +178,12 @@ def test_mistake_is_refused_with_its_reason(shared_hats: Hats, name: str) -> Non
         ({"spec.model.source": {"claim": {"name": "weights"}}}, "model.source: cannot be changed"),
         ({"spec.runtime.version": ""}, "runtime.version: may be changed but not removed"),
         ({"spec.runtime": REMOVED}, "runtime.version: may be changed but not removed"),
+        ({"spec.security.tls": ""}, "security.tls: may be changed but not removed"),
     ],
-    ids=["other-hub-model", "hub-to-claim", "version-empty", "runtime-removed"],
+    ids=["other-hub-model", "hub-to-claim", "version-empty", "runtime-removed", "tls-empty"],
 )
 def test_change_is_refused(hats: Hats, changes: dict[str, Any], says: str) -> None:
-    live = hats.create(hat_deployment(runtime={"version": "0.1.0"}))
+    live = hats.create(hat_deployment(runtime={"version": "0.1.0"}, security={"tls": "mutual"}))
     assert says in hats.refusal(hats.replace, changed(live, changes))
 
 

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from hat_operator import names, slow_loop
+from hat_operator.admin import Doors
 from hat_operator.edges import EdgeClusters
 from hat_operator.figures import Pace
 from hat_operator.kinds import CONFIG_MAP, EVENT, HATDEPLOYMENT
@@ -35,7 +36,9 @@ class Policies:
     ) -> None:
         self.home, self.devices, self.cloud, self._session = home, devices, cloud, session
         self.asked: list[tuple[str, str]] = []
-        self.telemetry = Telemetry(home.cluster, [home.namespace], cloud.url, 60.0)
+        self.telemetry = Telemetry(
+            home.cluster, [home.namespace], Doors(Settings(devices_url=cloud.url)), 60.0
+        )
         self.loop = SlowLoop(home.cluster, self.telemetry, lambda *key: self.asked.append(key))
         home.reconciler = Reconciler(
             home.cluster, EdgeClusters(home.cluster), SETTINGS, self.telemetry, None, self.loop

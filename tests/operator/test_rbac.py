@@ -19,6 +19,9 @@ import pytest
 import yaml
 
 from hat_operator import cleanup
+from hat_operator.identity.api import Requests
+from hat_operator.identity.pod import Identity
+from hat_runtime.security.spiffe import SpiffeId
 from tests.harness.controlplane import ControlPlane
 from tests.harness.release import Helm
 from tests.operator.manifests import hat_deployment
@@ -34,6 +37,13 @@ DEVICE = {"name": "device", "labels": {"hat.dev/device": "true"}}
 NODES = Right("", "nodes", "list")
 OWNERS = Right("hat.dev", "hatdeployments/finalizers", "update")
 """The apiserver asks for this one inside other requests, so that no audit log shows it."""
+ASKING = {
+    Right("certificates.k8s.io", "certificatesigningrequests", "create"),
+    Right("certificates.k8s.io", "certificatesigningrequests", "get"),
+}
+"""Of pods."""
+SIGNER = {Right("certificates.k8s.io", "signers", verb) for verb in ("approve", "sign")}
+"""Asked for in the same way as OWNERS."""
 POD_MONITOR_CRD = """
 apiVersion: apiextensions.k8s.io/v1
 kind: CustomResourceDefinition
@@ -221,8 +231,11 @@ def live(lived: Lived, edge: ControlPlane, site: Path, folder: Path) -> None:
         refused = partial(pod_is_refused, plane, home, served, name)
         eventually(refused, f"{name}'s condition tells why it has no pod")
         patch(home, served, name, {"edge": {"api": {"hostPort": 0}}})
+        get_certificate(plane, namespace, name, served, folder)
         plane.kubectl("delete", "node", DEVICE["name"])
         plane.kubectl("label", "namespace", namespace, f"{POD_SECURITY}-")
+    # What the operator has made with its own rights: an authority, and now another one.
+    home.kubectl("-n", served, "annotate", "secret", "hat-ca", "hat.dev/rotate=now")
     resources = {"requests": {"cpu": "700m", "memory": "1Gi"}}
     for name in ("near", "far"):
         patch(
@@ -243,6 +256,53 @@ def live(lived: Lived, edge: ControlPlane, site: Path, folder: Path) -> None:
     home.kubectl("-n", served, "delete", "hatdeployment", "near", "far", "--timeout=60s")
     for kind in at_site:
         assert count(edge, SITE_NAMESPACE, kind, "far") == 0
+
+
+def get_certificate(plane: ControlPlane, namespace: str, name: str, served: str, folder: Path) -> None:
+    """Ask as the pod of the device, with the rights of its account."""
+    own = (
+        "-n",
+        namespace,
+        "get",
+        "pods",
+        "-l",
+        f"hat.dev/deployment={name}",
+        "-l",
+        "app.kubernetes.io/component=edge",
+    )
+
+    def pods() -> list[Object]:
+        heartbeat(plane)
+        plane.kubectl("taint", "node", DEVICE["name"], "node.kubernetes.io/not-ready-", check=False)
+        found: list[Object] = json.loads(plane.kubectl(*own, "-o", "json").stdout)["items"]
+        return [
+            pod
+            for pod in found
+            if "deletionTimestamp" not in pod["metadata"]
+            and "hostPort" not in pod["spec"]["containers"][0]["ports"][0]
+        ]
+
+    eventually(lambda: bool(pods()), f"{name} has a pod")
+    pod = pods()[0]["metadata"]["name"]
+    target = {"apiVersion": "v1", "kind": "Node", "name": DEVICE["name"]}
+    binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod}, "target": target}
+    path = f"/api/v1/namespaces/{namespace}/pods/{pod}/binding"
+    plane.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(binding))
+    account = folder / f"{name}-account"
+    account.mkdir()
+    bound = ("--bound-object-kind=Pod", f"--bound-object-name={pod}")
+    token = plane.kubectl("-n", namespace, "create", "token", f"{name}-edge", *bound).stdout
+    (account / "token").write_text(token)
+    (account / "ca.crt").write_bytes((plane.folder / "ca.crt").read_bytes())
+    (account / "tls").mkdir()
+    identity = SpiffeId("hat.internal", served, "device", DEVICE["name"])
+    selector = {"hat.dev/deployment": name, "hat.dev/namespace": served}
+    labels = {
+        "app.kubernetes.io/managed-by": "hat-operator",
+        "app.kubernetes.io/component": "edge",
+        **selector,
+    }
+    Identity(identity, account / "tls", Requests(account, plane.server), labels).renew()
 
 
 def heartbeat(plane: ControlPlane) -> None:
@@ -291,16 +351,26 @@ def test_no_right_is_missing(lived: Lived) -> None:
 
 
 def test_every_right_is_used(lived: Lived) -> None:
+    asking = [one for one in lived.objects if one["metadata"]["name"].endswith("-requester")]
     rights = granted(
-        one for one in lived.objects if "helm.sh/hook" not in one["metadata"].get("annotations", {})
+        one
+        for one in lived.objects
+        if "helm.sh/hook" not in one["metadata"].get("annotations", {}) and one not in asking
     )
-    assert rights - used(lived.home_events, lived.user) - {OWNERS} == set()
+    assert rights - used(lived.home_events, lived.user) - {OWNERS} - SIGNER == set()
+    pod = f"system:serviceaccount:{lived.served}:near-edge"
+    assert granted(asking) == used(lived.home_events, pod) == ASKING
+    assert refused(lived.home_events, pod) == set()
 
 
 def test_rights_at_the_site(lived: Lived) -> None:
-    rights = granted(yaml.safe_load_all(SITE.read_text()))
+    objects = list(yaml.safe_load_all(SITE.read_text()))
+    asking = [one for one in objects if one["metadata"]["name"] == "hat-device"]
+    rights = granted(one for one in objects if one not in asking)
     assert refused(lived.site_events, SITE_USER) == set()
-    assert rights - used(lived.site_events, SITE_USER) == set()
+    assert rights - used(lived.site_events, SITE_USER) - SIGNER == set()
+    pod = f"system:serviceaccount:{SITE_NAMESPACE}:far-edge"
+    assert granted(asking) == used(lived.site_events, pod) == ASKING
 
 
 def test_children_need_the_right_on_their_owner(lived: Lived, tmp_path: Path) -> None:

@@ -83,7 +83,17 @@ WRONG = {
         {"spec.wire.uplinkDecode": "int2"}, ("spec.wire.uplinkDecode", '"int2"', '"none", "bf16"')
     ),
     "downlink": Wrong({"spec.wire.downlink": "int4"}, ("wire: compressed hidden states are not available",)),
-    "tls": Wrong({"spec.security.tls": "mutual"}, ("security.tls: mutual TLS is not available", "write off")),
+    "tls": Wrong({"spec.security.tls": "on"}, ("spec.security.tls", '"on"', '"off", "mutual"')),
+    "certificate-hours": Wrong(
+        {"spec.security.certificateHours": 25}, ("spec.security.certificateHours", "less than or equal to 24")
+    ),
+    "denied-without-tls": Wrong(
+        {"spec.security": {"tls": "off", "deniedDevices": ["jetson-1"]}},
+        ("security.deniedDevices: without certificates nobody can tell devices apart",),
+    ),
+    "denied-name": Wrong(
+        {"spec.security.deniedDevices": ["Jetson 1"]}, ("spec.security.deniedDevices[0]", '"Jetson 1"')
+    ),
     "log-level": Wrong({"spec.observability.logLevel": "trace"}, ("spec.observability.logLevel", '"debug"')),
     "pod-monitor": Wrong(
         {"spec.observability.podMonitor": "yes"}, ("spec.observability.podMonitor", '"auto"')

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,9 @@ from hat_operator.objects.monitor import relabelings
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.device.api.middleware import RequestScope
 from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.security.folder import TlsFolder
+from hat_runtime.security.metrics import measure_expiry
+from hat_runtime.security.pki import Authority
 from scripts.dashboards.__main__ import FOLDER, files
 from tests.harness import boards
 
@@ -45,7 +50,13 @@ def sides() -> dict[str, set[str]]:
     RequestScope(Starlette(), device)
     assert gauges.DEVICES
     assert metrics.WRITES
-    return {"cloud": exported(cloud), "edge": exported(device), "": exported(REGISTRY, "hat_operator_")}
+    authority = Authority.create("hat.internal")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, registry in (("cloud", cloud), ("device", device)):
+            place = Path(folder) / kind
+            authority.issue("team", kind, "one").save(place)
+            measure_expiry(TlsFolder(place, kind), registry)
+        return {"cloud": exported(cloud), "edge": exported(device), "": exported(REGISTRY, "hat_operator_")}
 
 
 SIDES = sides()
@@ -56,7 +67,8 @@ def unknown(expr: str) -> list[str]:
     wrong = []
     for selector in boards.selectors(expr):
         side = re.search(r'hat_component="(\w+)"', selector.labels)
-        there = SIDES[side.group(1) if side else ""] | boards.recorded() | {"up"}
+        both = SIDES["cloud"] & SIDES["edge"]
+        there = (SIDES[side.group(1)] if side else SIDES[""] | both) | boards.recorded() | {"up"}
         if selector.metric not in there:
             wrong.append(selector.text)
     return wrong

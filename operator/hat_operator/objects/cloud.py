@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import pods, policy_map
+from hat_operator.identity import who
+from hat_operator.objects import denied_map, identity, pods, policy_map
 from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -55,32 +56,38 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     layers = hat.spec.input_layers
     args = ["cloud", "serve", "--model", files.path]
     args += ["--mode", "picospec"] if layers is None else ["--input-layers", str(layers)]
-    args += [
-        "--listen",
-        f"0.0.0.0:{names.GRPC_PORT}",
-        "--http-listen",
-        f"0.0.0.0:{names.ADMIN_PORT}",
-        "--insecure",
-    ]
+    args += ["--listen", f"0.0.0.0:{names.GRPC_PORT}", "--http-listen", f"0.0.0.0:{names.HTTP_PORT}"]
     args += ["--dtype", hat.spec.model.dtype, "--max-sessions", str(cloud.max_sessions)]
     args += ["--device", "cuda" if cloud.gpus else "cpu"]
     proposes = adaptive(hat.spec.mode, hat.spec.chunking)
     args += ["--policy-file", policy_map.FILE] if proposes else []
+    mutual = hat.spec.security.mutual
+    if mutual:
+        args += ["--tls", identity.FOLDER, "--admin-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
+        args += ["--denied-file", denied_map.FILE]
     args += ["--log-format", "json", "--log-level", hat.spec.log_level]
+    mounts = [*files.mounts, *([policy_map.mount()] if proposes else [])]
+    mounts += [identity.mount(), denied_map.mount()] if mutual else []
     main = pods.container(
         "cloud",
         image,
         args,
         pods.resources(cloud.resources, path, DEFAULT_CPU, DEFAULT_MEMORY, cloud.gpus),
-        [*files.mounts, *([policy_map.mount()] if proposes else [])],
-        {},
+        mounts,
+        {} if mutual else identity.insecure(),
     )
     main["ports"] = [
         {"name": "grpc", "containerPort": names.GRPC_PORT, "protocol": "TCP"},
-        {"name": "http", "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
+        {"name": "http", "containerPort": names.HTTP_PORT, "protocol": "TCP"},
     ]
+    if mutual:
+        main["ports"].append({"name": names.ADMIN, "containerPort": names.ADMIN_PORT, "protocol": "TCP"})
     main.update(pods.life())
     volumes = [policy_map.volume(hat)] if proposes else []
+    if mutual:
+        own = str(who.cloud(hat, settings))
+        files.init.insert(0, identity.sidecar(hat, names.CLOUD, image, own))
+        volumes += [*identity.volumes(), denied_map.volume(hat)]
     spec = pods.pod_spec(hat, names.cloud(hat), main, files, volumes, cloud.template)
     if cloud.template.node_selector:
         spec["nodeSelector"] = dict(cloud.template.node_selector)
@@ -138,7 +145,7 @@ def disruption_budget(hat: HatDeployment) -> dict[str, Any]:
 
 
 def service_account(hat: HatDeployment, component: str, name: str, namespace: str) -> dict[str, Any]:
-    """An account without rights, whose token no pod gets."""
+    """An account whose token only the container gets that asks for certificates."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",

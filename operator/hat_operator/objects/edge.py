@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import pods
+from hat_operator.identity import who
+from hat_operator.objects import identity, pods
 from hat_operator.settings import Settings
 from hat_operator.spec import Edge, EdgeImage, HatDeployment
 from hat_operator.tuning import Chunking, Speculation, Wire
@@ -38,7 +39,7 @@ def _daemonset(
     selector = {**names.selector(hat, names.EDGE), names.LABEL_IMAGE: kind}
     own = {**names.labels(hat, names.EDGE), names.LABEL_IMAGE: kind, names.LABEL_REVISION: revision}
     marks = pods.marks(edge.template, own)
-    pod = _pod(hat, edge, endpoint, _image(hat, settings, image))
+    pod = _pod(hat, edge, settings, endpoint, _image(hat, settings, image))
     pod["nodeSelector"] = _node_selector(edge, image)
     if image is not None and _has_jetson_twin(edge, image):
         unlabelled = {"matchExpressions": [{"key": names.LABEL_L4T, "operator": "DoesNotExist"}]}
@@ -82,14 +83,14 @@ def _has_jetson_twin(edge: Edge, image: EdgeImage) -> bool:
     return not image.l4t and any(other.l4t and other.arch == image.arch for other in edge.images)
 
 
-def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str, Any]:
+def _pod(hat: HatDeployment, edge: Edge, settings: Settings, endpoint: str, image: str) -> dict[str, Any]:
     path = "spec.edge.resources"
     limits = pods.resources(edge.resources, path, DEFAULT_CPU, DEFAULT_MEMORY)
     part = pods.prepared_part(hat, "device")
     files = pods.model_files(hat, hat.spec.device_claim, part, image, limits)
     picospec = hat.spec.mode == "picospec"
     args = ["device", "serve", "--model", files.path, "--cloud", endpoint]
-    args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}", "--insecure"]
+    args += ["--listen", f"0.0.0.0:{names.DEVICE_PORT}"]
     args += [] if picospec else _chunking(hat.spec.chunking)
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
     if picospec:
@@ -103,9 +104,17 @@ def _pod(hat: HatDeployment, edge: Edge, endpoint: str, image: str) -> dict[str,
         volumes.append(pods.secret_volume("keys", edge.api.keys, edge.api.keys.key))
         mounts.append({"name": "keys", "mountPath": "/keys", "readOnly": True})
         args += ["--api-key-file", f"/keys/{edge.api.keys.key}"]
-    environment = {}
+    mutual = hat.spec.security.mutual
+    if mutual:
+        files.init.insert(
+            0, identity.sidecar(hat, names.EDGE, image, f"{who.device_prefix(hat, settings)}$(HAT_NODE_NAME)")
+        )
+        args += ["--tls", identity.FOLDER]
+        mounts.append(identity.mount())
+        volumes += identity.volumes()
+    environment = {} if mutual and edge.api.keys is not None else identity.insecure()
     if edge.accelerator == "cuda":  # no device plugin says which GPU: NVIDIA's runtime reads these
-        environment = {
+        environment |= {
             "NVIDIA_VISIBLE_DEVICES": "all",
             "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
         }

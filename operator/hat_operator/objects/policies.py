@@ -6,24 +6,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from hat_operator import names
+from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
 
 HTTPS = 443
 DNS_PORTS = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
 
 
-def cloud(hat: HatDeployment) -> dict[str, Any]:
-    """gRPC from anywhere (devices are behind any address), health and metrics from inside the cluster."""
+def cloud(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
+    """gRPC from anywhere (devices are behind any address), health, metrics and admin port from inside the cluster."""
     inside: list[dict[str, Any]] = [{"namespaceSelector": {}}]
+    asked = [names.HTTP_PORT, *([names.ADMIN_PORT] if hat.spec.security.mutual else [])]
     ingress: list[dict[str, Any]] = [
         {"ports": [_tcp(names.GRPC_PORT)]},
-        {"from": inside, "ports": [_tcp(names.ADMIN_PORT)]},
+        {"from": inside, "ports": [_tcp(port) for port in asked]},
     ]
-    fetches = hat.spec.model.hub is not None
-    return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, _egress(set(), fetches))
+    egress = [*_egress(set(), fetches=hat.spec.model.hub is not None), *_signing(hat, settings)]
+    return _policy(hat, names.CLOUD, names.cloud(hat), hat.namespace, ingress, egress)
 
 
-def edge(hat: HatDeployment, endpoints: Iterable[str]) -> dict[str, Any]:
+def edge(hat: HatDeployment, settings: Settings, endpoints: Iterable[str]) -> dict[str, Any]:
     """The API from anywhere, and out to the cloud at `endpoints` (HOST:PORT; none while no one knows it)."""
     ports = {int(endpoint.rpartition(":")[2]) for endpoint in endpoints} or {hat.spec.cloud.expose.port}
     if hat.spec.edge_cluster is None:
@@ -35,8 +37,16 @@ def edge(hat: HatDeployment, endpoints: Iterable[str]) -> dict[str, Any]:
         names.edge(hat),
         names.edge_namespace(hat),
         [{"ports": [_tcp(names.DEVICE_PORT)]}],
-        _egress(ports, fetches=hat.spec.device_claim is None),
+        [*_egress(ports, fetches=hat.spec.device_claim is None), *_signing(hat, settings)],
     )
+
+
+def _signing(hat: HatDeployment, settings: Settings) -> list[dict[str, Any]]:
+    """Out to where pods ask for certificates: their API server."""
+    if not hat.spec.security.mutual:
+        return []
+    servers = [{"ipBlock": {"cidr": cidr}} for cidr in settings.api_cidrs]
+    return [{"to": servers, "ports": [_tcp(port) for port in settings.api_ports]}]
 
 
 def _tcp(port: int) -> dict[str, Any]:

@@ -89,6 +89,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "wire.uplinkDecode": ("bf16", {}),
     "imagePullSecrets": ([{"name": "s"}], {}),
     "security.networkPolicies": (False, {}),
+    "security.tls": ("off", {}),
     "observability.logLevel": ("debug", {}),
     "observability.podMonitor": ("enabled", {}),
 }
@@ -101,7 +102,8 @@ WITHOUT_OBJECTS = {
     "edge.clusterRef.kubeconfigSecretRef.context": "says where objects are sent, not what they are",
     "edge.deletionTimeoutSeconds": "is about deletion",
     "wire.downlink": "one value in this version",
-    "security.tls": "one value in this version",
+    "security.certificateHours": "is the signer's",
+    "security.deniedDevices": "is in the deny-list, which is observed",
 }
 
 

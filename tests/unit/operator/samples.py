@@ -66,6 +66,11 @@ def pod(thing: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
+def fetching(thing: dict[str, Any]) -> list[dict[str, Any]]:
+    """The init containers that end; the one that keeps the certificate goes on."""
+    return [item for item in pod(thing).get("initContainers", ()) if item.get("restartPolicy") != "Always"]
+
+
 def main(thing: dict[str, Any]) -> dict[str, Any]:
     """The container that serves."""
     (container,) = pod(thing)["containers"]

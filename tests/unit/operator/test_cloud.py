@@ -7,7 +7,7 @@ import pytest
 from hat_operator.fields import SpecError
 from hat_operator.spec import HatDeployment
 from hat_runtime.cli.main import build_parser
-from tests.unit.operator.samples import HUB, by_name, desired, hat, main, of_kind, one, option, pod
+from tests.unit.operator.samples import HUB, by_name, desired, fetching, hat, main, of_kind, one, option, pod
 
 
 def deployment(wanted: HatDeployment) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def test_command_line_is_one_that_hat_understands() -> None:
 def test_a_policy_of_chunk_sizes_to_start_with_may_be_missing() -> None:
     thing = deployment(hat())
     args = build_parser().parse_args(main(thing)["args"])
-    (volume,) = [volume for volume in pod(thing)["volumes"] if "configMap" in volume]
+    (volume,) = [volume for volume in pod(thing)["volumes"] if volume["name"] == "policy"]
     assert volume["configMap"] == {"name": "chat-cloud-policy", "optional": True}
     (mount,) = [mount for mount in main(thing)["volumeMounts"] if mount["name"] == volume["name"]]
     assert args.policy_file == f"{mount['mountPath']}/policy.json"
@@ -47,7 +47,7 @@ def test_a_policy_of_chunk_sizes_to_start_with_may_be_missing() -> None:
 def test_without_a_choice_of_chunk_sizes_there_is_no_policy(spec: dict[str, Any]) -> None:
     wanted = hat(**spec, model={"source": {"hub": "default"}})
     assert "--policy-file" not in main(deployment(wanted))["args"]
-    assert [volume for volume in pod(deployment(wanted))["volumes"] if "configMap" in volume] == []
+    assert [volume for volume in pod(deployment(wanted))["volumes"] if volume["name"] == "policy"] == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_without_a_choice_of_chunk_sizes_there_is_no_policy(spec: dict[str, Any]
 def test_a_model_of_a_hub_is_prepared_by_an_init_container(source: str, revision: str, asked: str) -> None:
     wanted = hat(model={"source": {"hub": source}, "revision": revision}, split={"inputLayers": 5})
     thing = deployment(wanted)
-    (init,) = pod(thing)["initContainers"]
+    (init,) = fetching(thing)
     args = build_parser().parse_args(init["args"])
     assert (args.source, args.part, args.input_layers, str(args.out)) == (asked, "cloud", 5, "/model/part")
     assert init["image"] == main(thing)["image"]
@@ -66,14 +66,14 @@ def test_a_model_of_a_hub_is_prepared_by_an_init_container(source: str, revision
 
 def test_default_model_takes_no_revision() -> None:
     wanted = hat(model={"source": {"hub": "default"}, "revision": "v2"})
-    (init,) = pod(deployment(wanted))["initContainers"]
+    (init,) = fetching(deployment(wanted))
     assert build_parser().parse_args(init["args"]).source == "default"
 
 
 def test_token_reaches_only_the_init_container() -> None:
     wanted = hat(model={"source": HUB, "tokenSecretRef": {"name": "hub", "key": "my.token"}})
     thing = deployment(wanted)
-    (init,) = pod(thing)["initContainers"]
+    (init,) = fetching(thing)
     (volume,) = [volume for volume in pod(thing)["volumes"] if "secret" in volume]
     (mount,) = [mount for mount in init["volumeMounts"] if mount["name"] == volume["name"]]
     assert volume["secret"]["secretName"] == "hub"
@@ -86,7 +86,7 @@ def test_token_reaches_only_the_init_container() -> None:
 def test_a_claim_is_mounted_read_only_and_nothing_is_fetched(path: str, folder: str) -> None:
     claim = {"claim": {"name": "weights", "path": path}}
     thing = deployment(hat(edge={"weights": {"claim": {"name": "w"}}}, model={"source": claim}))
-    assert "initContainers" not in pod(thing)
+    assert fetching(thing) == []
     assert option(main(thing), "--model") == folder
     (volume,) = [volume for volume in pod(thing)["volumes"] if "persistentVolumeClaim" in volume]
     assert volume["persistentVolumeClaim"] == {"claimName": "weights", "readOnly": True}
@@ -98,7 +98,7 @@ def test_gpu() -> None:
     assert option(main(thing), "--device") == "cuda"
     for kind in ("requests", "limits"):
         assert main(thing)["resources"][kind]["nvidia.com/gpu"] == "1"
-        assert "nvidia.com/gpu" not in pod(thing)["initContainers"][0]["resources"][kind]
+        assert "nvidia.com/gpu" not in fetching(thing)[0]["resources"][kind]
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod(thing)[
         "tolerations"
     ]
@@ -202,10 +202,10 @@ def ports(rules: list[dict[str, Any]], inside_only: bool = False) -> set[int]:
 def test_network_policy_lets_through_what_is_needed() -> None:
     policy = one(desired(hat()).cloud, "NetworkPolicy")["spec"]
     assert ports(policy["ingress"]) == {7070}
-    assert ports(policy["ingress"], inside_only=True) == {7071}
-    assert ports(policy["egress"]) == {53, 443}
+    assert ports(policy["ingress"], inside_only=True) == {7071, 7072}
+    assert ports(policy["egress"]) == {53, 443, 6443}
     claimed = hat(edge={"weights": {"claim": {"name": "w"}}}, model={"source": {"claim": {"name": "c"}}})
-    assert ports(one(desired(claimed).cloud, "NetworkPolicy")["spec"]["egress"]) == {53}
+    assert ports(one(desired(claimed).cloud, "NetworkPolicy")["spec"]["egress"]) == {53, 443, 6443}
 
 
 def test_no_network_policies_on_request() -> None:

@@ -10,7 +10,18 @@ from hat_runtime.cli.main import build_parser
 from hat_runtime.cli.options import parse_uplink_codec
 from hat_runtime.wire.codec_choice import CodecChoice
 from tests.unit.operator.restricted import violations
-from tests.unit.operator.samples import REMOTE, SCHEMA, desired, hat, main, of_kind, one, option, pod
+from tests.unit.operator.samples import (
+    REMOTE,
+    SCHEMA,
+    desired,
+    fetching,
+    hat,
+    main,
+    of_kind,
+    one,
+    option,
+    pod,
+)
 from tests.unit.operator.test_cloud import ports
 
 
@@ -138,14 +149,14 @@ def test_names_where_nothing_is_written() -> None:
 
 
 def test_each_device_fetches_its_part() -> None:
-    (init,) = pod(daemonset())["initContainers"]
+    (init,) = fetching(daemonset())
     args = build_parser().parse_args(init["args"])
     assert (args.source, args.part, args.input_layers) == ("org/model", "device", 3)
 
 
 def test_weights_from_a_claim() -> None:
     thing = daemonset({"weights": {"claim": {"name": "w", "path": "m"}}})
-    assert "initContainers" not in pod(thing)
+    assert fetching(thing) == []
     assert option(main(thing), "--model") == "/model/m"
 
 
@@ -242,10 +253,10 @@ def test_service_leads_to_the_callers_own_node() -> None:
 @pytest.mark.parametrize(
     ("edge", "cloud", "out"),
     [
-        ({}, {}, {53, 443, 7070}),
-        ({}, {"expose": {"port": 9000}}, {53, 443, 7070, 9000}),
-        ({"weights": {"claim": {"name": "w"}}}, {}, {53, 7070}),
-        ({"clusterRef": REMOTE}, {"expose": {"host": "h", "port": 9000}}, {53, 443, 9000}),
+        ({}, {}, {53, 443, 6443, 7070}),
+        ({}, {"expose": {"port": 9000}}, {53, 443, 6443, 7070, 9000}),
+        ({"weights": {"claim": {"name": "w"}}}, {}, {53, 443, 6443, 7070}),
+        ({"clusterRef": REMOTE}, {"expose": {"host": "h", "port": 9000}}, {53, 443, 6443, 9000}),
     ],
     ids=str,
 )

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
+from hat_operator.objects.policies import edge
 from hat_operator.render import render
+from hat_operator.schema import apply_defaults, load_schema
+from hat_operator.settings import Settings
+from hat_operator.spec import HatDeployment
 from tests.harness.netpol import Party, allowed, guards
 from tests.harness.release import Helm
 
 Object = dict[str, Any]
-PORTS = (22, 443, 6443, 7070, 7071, 8000, 8080, 8081, 8443, 9090, 30770)
+PORTS = (22, 443, 6443, 7070, 7071, 7072, 8000, 8080, 8081, 8443, 9090, 30770)
 GUARDED = {"operator", "test", "uninstall", "cloud", "cloud-b", "edge", "edge-b"}
 LOCAL = """
 apiVersion: hat.dev/v1alpha1
@@ -52,7 +56,7 @@ def expected(source: str, target: str) -> set[int]:
     # What is let in, for callers that no policy holds back.
     into = {
         "operator": {8080} if source in PODS else set(),  # metrics, for whoever is in the cluster
-        "cloud": {7070} | ({7071} if source in PODS else set()),  # devices dial from anywhere
+        "cloud": {7070} | ({7071, 7072} if source in PODS else set()),  # devices dial from anywhere
         "edge": {8000},
     }
     into |= {"cloud-b": into["cloud"], "edge-b": into["edge"], "test": set(), "uninstall": set()}
@@ -61,13 +65,13 @@ def expected(source: str, target: str) -> set[int]:
         "operator": {443, 6443},  # API servers, this cluster's and the sites'
         "uninstall": {443, 6443},
         "test": set(),
-        "cloud": {443},  # the model's hub
-        "edge": {443, 7070},
+        "cloud": {443, 6443},  # the model's hub; certificates
+        "edge": {443, 6443, 7070},
     }
     out |= {"cloud-b": out["cloud"], "edge-b": out["edge"]}
     between = {
-        ("operator", "cloud"): {7071},  # telemetry
-        ("operator", "cloud-b"): {7071},
+        ("operator", "cloud"): {7071, 7072},  # without and with certificates
+        ("operator", "cloud-b"): {7071, 7072},
         ("test", "operator"): {8081},
         ("edge", "cloud"): {7070},
         ("edge-b", "cloud-b"): {7070},
@@ -172,9 +176,17 @@ def test_a_site_reaches_only_the_cloud() -> None:
     policies = [one for one in objects if one["kind"] == "NetworkPolicy"]
     device = pod("device", 1, "hat", template_labels(objects, "DaemonSet"))
     app, internet = pod("app", 2, "hat", {"app": "shop"}), Party("cloud", "203.0.113.7")
-    assert {port for port in PORTS if allowed(policies, device, internet, port)} == {30770}
+    asked = {443, 6443}  # for certificates, wherever the site's API server is
+    assert {port for port in PORTS if allowed(policies, device, internet, port)} == {30770} | asked
     assert {port for port in PORTS if allowed(policies, app, device, port)} == {8000}
-    assert {port for port in PORTS if allowed(policies, device, app, port)} == {30770}
+    assert {port for port in PORTS if allowed(policies, device, app, port)} == {30770} | asked
+    narrow = Settings(api_ports=(6443,), api_cidrs=("192.168.1.0/24",))
+    wanted = HatDeployment.parse(apply_defaults(load_schema(), yaml.safe_load(REMOTE)))
+    policies = [edge(wanted, narrow, ["cloud.example.com:30770"])]
+    server = Party("api-server", "192.168.1.10")
+    assert {port for port in PORTS if allowed(policies, device, server, port)} == {30770, 6443}
+    assert {port for port in PORTS if allowed(policies, device, internet, port)} == {30770}
+    policies = [one for one in objects if one["kind"] == "NetworkPolicy"]
     assert allowed(policies, device, app, 53, "UDP")
 
 

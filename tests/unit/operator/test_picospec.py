@@ -13,7 +13,7 @@ from hat_operator.spec import HatDeployment
 from hat_runtime.cli import picospec_options
 from hat_runtime.cli.main import build_parser
 from tests.unit.operator.restricted import pods, violations
-from tests.unit.operator.samples import SETTINGS, body, desired, hat, main, one, pod
+from tests.unit.operator.samples import SETTINGS, body, desired, fetching, hat, main, one, pod
 from tests.unit.operator.test_cloud import ports
 from tests.unit.operator.test_edge import names_of
 
@@ -44,7 +44,7 @@ def test_the_cloud_serves_the_whole_model() -> None:
     args = parsed(main(thing))
     assert (args.mode, args.input_layers, args.model) == ("picospec", None, "/model/part")
     assert args.dtype == "float32"
-    (init,) = pod(thing)["initContainers"]
+    (init,) = fetching(thing)
     prepared = parsed(init)
     assert (prepared.source, prepared.part, prepared.input_layers) == ("default", "all", None)
     assert str(prepared.out) == args.model
@@ -53,21 +53,21 @@ def test_the_cloud_serves_the_whole_model() -> None:
 def test_the_cloud_fetches_the_revision_that_was_asked_for() -> None:
     source = {"source": {"hub": "org/model"}, "revision": "v2"}
     wanted = {"model": source, "speculation": {"draftModel": {"hub": "org/small"}}}
-    (init,) = pod(cloud(**wanted))["initContainers"]
+    (init,) = fetching(cloud(**wanted))
     assert parsed(init).source == "org/model@v2"
-    (init,) = pod(device(**wanted))["initContainers"]
+    (init,) = fetching(device(**wanted))
     assert parsed(init).source == "org/small"
 
 
 def test_the_clouds_claim_is_mounted() -> None:
     thing = cloud(model={"source": {"claim": {"name": "w", "path": "m"}}}, speculation={"draftModel": CLAIM})
-    assert "initContainers" not in pod(thing)
+    assert fetching(thing) == []
     assert parsed(main(thing)).model == "/model/m"
 
 
 def test_a_device_makes_the_draft_model_that_comes_with_hat() -> None:
     thing = device()
-    (init,) = pod(thing)["initContainers"]
+    (init,) = fetching(thing)
     prepared = parsed(init)
     assert (prepared.source, prepared.part, prepared.input_layers) == ("default", "draft", None)
     args = parsed(main(thing))
@@ -79,7 +79,7 @@ def test_a_device_makes_the_draft_model_that_comes_with_hat() -> None:
 
 def test_a_device_fetches_the_draft_model_of_a_hub() -> None:
     thing = device(speculation={"draftModel": {"hub": "org/small"}})
-    (init,) = pod(thing)["initContainers"]
+    (init,) = fetching(thing)
     prepared = parsed(init)
     assert (prepared.source, prepared.part) == ("org/small", "all")
     args = parsed(main(thing))
@@ -88,7 +88,7 @@ def test_a_device_fetches_the_draft_model_of_a_hub() -> None:
 
 def test_a_device_mounts_the_draft_models_claim() -> None:
     thing = device(speculation={"draftModel": CLAIM})
-    assert "initContainers" not in pod(thing)
+    assert fetching(thing) == []
     args = parsed(main(thing))
     assert str(args.model) == str(args.draft_model) == "/model/small"
     (volume,) = [volume for volume in pod(thing)["volumes"] if "persistentVolumeClaim" in volume]
@@ -98,9 +98,9 @@ def test_a_device_mounts_the_draft_models_claim() -> None:
 @pytest.mark.parametrize(
     ("speculation", "out"),
     [
-        ({}, {53, 443, 7070}),
-        ({"draftModel": {"hub": "org/small"}}, {53, 443, 7070}),
-        ({"draftModel": CLAIM}, {53, 7070}),
+        ({}, {53, 443, 6443, 7070}),
+        ({"draftModel": {"hub": "org/small"}}, {53, 443, 6443, 7070}),
+        ({"draftModel": CLAIM}, {53, 443, 6443, 7070}),
     ],
     ids=str,
 )
@@ -144,10 +144,11 @@ def test_every_pod_keeps_to_the_restricted_standard() -> None:
 
 def test_a_change_of_the_mode_rolls_the_cloud_and_one_of_the_draft_model_does_not() -> None:
     source = {"source": {"hub": "default"}}
-    before = names.revision(hat(model=source), SETTINGS)
+    plain = {"tls": "off"}  # of every HatDeployment that is older than certificates
+    before = names.revision(hat(model=source, security=plain), SETTINGS)
     assert before == "fdc24903", "an upgraded operator would replace every cloud"
+    assert names.revision(token_mode(security=plain), SETTINGS) != before
     after = names.revision(token_mode(), SETTINGS)
-    assert after != before
     for speculation in ({"draftModel": {"hub": "org/small"}}, {"maxDraft": 2}):
         assert names.revision(token_mode(speculation=speculation), SETTINGS) == after
 

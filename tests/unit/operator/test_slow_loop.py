@@ -11,9 +11,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from hat_operator import slow_loop
+from hat_operator.admin import Doors
 from hat_operator.objects.policy_map import config_map
 from hat_operator.policy import Choice
 from hat_operator.policy_news import EVERY_S, NAMED, News
+from hat_operator.settings import Settings
 from hat_operator.slow_loop import SlowLoop
 from hat_operator.spec import HatDeployment
 from hat_operator.telemetry import Telemetry
@@ -61,7 +63,7 @@ class Scene:
 
     def restart(self) -> None:
         """A new process."""
-        self.telemetry = Telemetry(self.api, ["team"], self.cloud.url, 60.0)  # type: ignore[arg-type]
+        self.telemetry = Telemetry(self.api, ["team"], Doors(Settings(devices_url=self.cloud.url)), 60.0)  # type: ignore[arg-type]
         self.loop = SlowLoop(self.api, self.telemetry, lambda *key: self.requests.append(key))  # type: ignore[arg-type]
 
     def reconcile(self, live: str | None = None, **spec: Any) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from hat_operator import metrics
+from hat_operator.admin import Doors
 from hat_operator.answers import STALE_S, Report, newest, parse
 from hat_operator.cluster import ClusterError
 from hat_operator.figures import CONTACT
@@ -160,7 +161,7 @@ async def test_ready_pods_are_asked_and_one_that_does_not_answer_costs_its_timeo
         "long": web.Response(body=b" " * (3 << 20)),
         "elsewhere": web.Response(body=answer(device("a", 0.0, 999))),
     }
-    telemetry = Telemetry(api, ["team-a"], cloud.url, 60.0)  # type: ignore[arg-type]
+    telemetry = Telemetry(api, ["team-a"], Doors(Settings(devices_url=cloud.url)), 60.0)  # type: ignore[arg-type]
     failed = metrics.DEVICE_POLLS.labels("failed")
     before = failed._value.get()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.5)) as session:
@@ -197,7 +198,7 @@ async def test_pods_that_do_not_answer_for_a_while_are_silent(
     for name in ("one", "two"):
         api.add(name)
     cloud.replies["one"] = web.Response(body=answer())
-    telemetry = Telemetry(api, ["team-a"], cloud.url, 0.01)  # type: ignore[arg-type]
+    telemetry = Telemetry(api, ["team-a"], Doors(Settings(devices_url=cloud.url)), 0.01)  # type: ignore[arg-type]
     assert telemetry.seen("team-a", "chat") is None
     async with aiohttp.ClientSession() as session:
         await telemetry.ask_all(session)
@@ -216,7 +217,7 @@ async def test_rounds_go_on_when_the_api_is_away(cloud: CloudPods) -> None:
     api.add("one")
     api.away = True
     cloud.replies["one"] = web.Response(body=answer(device("a", 0.0, 64)))
-    telemetry = Telemetry(api, (), cloud.url, 0.01)  # type: ignore[arg-type]
+    telemetry = Telemetry(api, (), Doors(Settings(devices_url=cloud.url)), 0.01)  # type: ignore[arg-type]
     task = asyncio.create_task(telemetry.run())
     try:
         await asyncio.sleep(0.05)
