@@ -20,9 +20,10 @@ from hat_runtime import __version__
 from hat_runtime.cloud.admin import make_admin_app
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
+from hat_runtime.cloud.handshake import Served
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.policy import PolicyStore
-from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
+from hat_runtime.cloud.server import SERVICE, RuntimeService, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
 from hat_runtime.cloud.tokens import MODE as PICOSPEC
 from hat_runtime.errors import HatError, UsageError

@@ -7,22 +7,22 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
-from hat_runtime.cloud import tokens
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
+from hat_runtime.cloud.handshake import Served, check_fits, codecs_of
 from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
-from hat_runtime.cloud.peer import Peer, peer_of
+from hat_runtime.cloud.peer import peer_of
 from hat_runtime.cloud.policy import PolicyStore
-from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, Want
+from hat_runtime.cloud.session import Evicted, Failed, Session, StepDone, Want
+from hat_runtime.cloud.stream import Stream
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
 from hat_runtime.cloud.tokens import Decoded
 from hat_runtime.log import request_id, sane_request_id
@@ -39,72 +39,6 @@ RETRY_METADATA = "grpc-retry-pushback-ms"  # gRPC's own name (gRFC A6)
 RETRY_OVERLOADED_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(frozen=True)
-class Served:
-    """What every handshake is compared with."""
-
-    identity: pb.ModelIdentity
-    limits: pb.Limits
-    idle_after_s: float
-    mode: str = ""
-    """"" for hidden states, MODE of tokens.py for token ids."""
-    vocab_size: int = 0
-    tokenizer_id: str = ""
-
-    @property
-    def codecs(self) -> tuple[str, ...]:
-        """What payloads may be encoded as, the preferred one first."""
-        return (tokens.CODEC,) if self.mode else codec.CODECS
-
-
-class _Stream:
-    """One session's stream on the event loop: answers waiting to be written, Steps waiting to be answered."""
-
-    def __init__(self, limits: pb.Limits) -> None:
-        self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
-        self.peer = Peer()
-        """Who is at the other end."""
-        self.codecs = codec.RAW_ONLY
-        """How its Steps are encoded."""
-        self._limits = limits
-        self._steps = 0
-        self._tokens = 0
-        self._room = asyncio.Event()
-        self._half_closed = False
-
-    async def admit(self, tokens: int) -> None:
-        """Wait until one more Step of `tokens` may be queued. Meanwhile nothing is read, so gRPC slows the device."""
-        while self._steps and (
-            self._steps >= self._limits.max_inflight_steps
-            or self._tokens + tokens > 2 * self._limits.max_step_tokens
-        ):
-            self._room.clear()
-            await self._room.wait()
-        self._steps += 1
-        self._tokens += tokens
-
-    @property
-    def alone(self) -> bool:
-        """Whether only one Step is unanswered."""
-        return self._steps == 1
-
-    def answered(self, done: StepDone) -> None:
-        """A Step's answer was written."""
-        self._steps -= 1
-        self._tokens -= done.work.n
-        self._room.set()
-        self._end_if_finished()
-
-    def half_close(self) -> None:
-        """The device sends no more; the stream ends with its last answer."""
-        self._half_closed = True
-        self._end_if_finished()
-
-    def _end_if_finished(self) -> None:
-        if self._half_closed and not self._steps:
-            self.events.put_nowait(None)
 
 
 class RuntimeService:
@@ -125,7 +59,7 @@ class RuntimeService:
         self._served = served
         self._metrics = metrics
         self._devices = devices
-        self._sessions: dict[str, tuple[Session, _Stream]] = {}
+        self._sessions: dict[str, tuple[Session, Stream]] = {}
         self._draining = False
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -185,7 +119,7 @@ class RuntimeService:
         self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context
     ) -> AsyncIterator[pb.CloudMessage]:
         """See runtime.proto. Ends without status only when the device has closed its side."""
-        stream = _Stream(self._served.limits)
+        stream = Stream(self._served.limits)
         session: Session | None = None
         reader: asyncio.Task[None] | None = None
         code = grpc.StatusCode.CANCELLED
@@ -221,7 +155,7 @@ class RuntimeService:
                 self._engine.close(session)
 
     async def _open(
-        self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: _Stream
+        self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: Stream
     ) -> Session:
         message = await anext(aiter(requests), None)
         if message is None or message.WhichOneof("message") != "open":
@@ -240,14 +174,13 @@ class RuntimeService:
         )
         self._sessions[session.id] = (session, stream)
         stream.peer = peer_of(opening, context)
-        stream.codecs = _codecs(opening)
+        stream.codecs = codecs_of(opening)
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
         log.info("session %s opened", session.id[:8])
         return session
 
     def _check_handshake(self, opening: pb.Open) -> None:
-        identity, mismatch = self._served.identity, grpc.StatusCode.FAILED_PRECONDITION
         if not self._engine.alive:
             raise ProtocolError("the engine failed; see the cloud's log", grpc.StatusCode.UNAVAILABLE)
         if self._draining:
@@ -255,23 +188,7 @@ class RuntimeService:
         if opening.HasField("resume"):
             text = f"session {opening.resume.session_id!r} is unknown: it ended with its stream"
             raise ProtocolError(text, grpc.StatusCode.NOT_FOUND)
-        for field, device, cloud in (
-            ("mode", opening.mode or "hat", self._served.mode or "hat"),
-            ("model_revision", opening.model_revision, identity.model_revision),
-            ("layers", f"{opening.lo}:{opening.hi}", f"{identity.lo}:{identity.hi}"),
-            ("dtype", opening.dtype, identity.dtype),
-        ):
-            if device != cloud:
-                raise ProtocolError(
-                    f"{field} {device!r} of the device is not the cloud's {cloud!r}", mismatch
-                )
-        codecs = _codecs(opening)
-        for field, name in (("codec", codecs.prompt), ("decode_codec", codecs.decode)):
-            if name not in self._served.codecs:
-                raise ProtocolError(f"{field} {name!r} is none of {', '.join(self._served.codecs)}", mismatch)
-        if opening.max_tokens > self._served.limits.max_tokens:
-            text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
-            raise ProtocolError(text)
+        check_fits(opening, self._served)
 
     def _make_room(self) -> None:
         """Under the limit of sessions, if need be by ending the one that is idle longest."""
@@ -288,14 +205,14 @@ class RuntimeService:
         del self._sessions[session.id]
         stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
 
-    def _row_bytes(self, stream: _Stream) -> float:
+    def _row_bytes(self, stream: Stream) -> float:
         if self._served.mode:
             return 0.0
         identity = self._served.identity
         prompt = codec.codec_named(stream.codecs.prompt)
         return prompt.row_bytes(identity.hidden_size, codec.DTYPES[identity.dtype])
 
-    def _messages(self, event: Any, stream: _Stream) -> Any:
+    def _messages(self, event: Any, stream: Stream) -> Any:
         if isinstance(event, StepDone):
             work = event.work
             if work.want is Want.ALL and not event.stale:
@@ -328,7 +245,7 @@ class RuntimeService:
         )
 
     async def _read(
-        self, requests: AsyncIterator[pb.DeviceMessage | None], session: Session, stream: _Stream
+        self, requests: AsyncIterator[pb.DeviceMessage | None], session: Session, stream: Stream
     ) -> None:
         """Feed the engine until the device closes its side or breaks the protocol."""
         assembler = self._assembler(stream)
@@ -357,7 +274,7 @@ class RuntimeService:
         except ProtocolError as error:
             stream.events.put_nowait(Failed(error.code, str(error), error.retry_after_s))
 
-    def _assembler(self, stream: _Stream) -> StepAssembler | TokenAssembler:
+    def _assembler(self, stream: Stream) -> StepAssembler | TokenAssembler:
         served = self._served
         if served.mode:
             return TokenAssembler(served.vocab_size, served.limits)
@@ -389,11 +306,6 @@ class RuntimeService:
         data = message.SerializeToString()
         self._metrics.downlink_bytes.inc(len(data))
         return data
-
-
-def _codecs(opening: pb.Open) -> codec.CodecChoice:
-    """What a device wants its rows encoded in; one of before 1.2 names one codec for all of them."""
-    return codec.CodecChoice(opening.codec, opening.decode_codec or opening.codec)
 
 
 def make_server(service: RuntimeService) -> grpc.aio.Server:
