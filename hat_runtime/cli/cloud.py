@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hat_runtime.cli import options, picospec_options
+from hat_runtime.cli import fault_options, options, picospec_options
 from hat_runtime.cli.command import Command
-from hat_runtime.errors import UsageError
+from hat_runtime.errors import HatError, UsageError
 
 if TYPE_CHECKING:
     from hat_runtime.control.sharing import Courtesy
@@ -72,6 +72,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "for example 0.25; prompts are then computed a few rows at a time. none: prompts take all that a pass has room "
         "for (default %(default)s)",
     )
+    fault_options.add_cloud(serve)
     serve.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads for the layers (default: torch's choice)"
     )
@@ -95,6 +96,7 @@ def _serve(args: argparse.Namespace) -> int:
     http_host, http_port = options.parse_host_port(args.http_listen, "--http-listen")
     for option in ("page_tokens", "max_sessions", "max_batch_tokens", "threads"):
         options.check_positive(getattr(args, option), "--" + option.replace("_", "-"))
+    fault_options.check_cloud(args)
     config = CloudConfig(
         model=Path(args.model),
         input_layers=args.input_layers,
@@ -114,8 +116,12 @@ def _serve(args: argparse.Namespace) -> int:
             scheduler=SchedulerConfig(
                 max_batch_tokens=args.max_batch_tokens, courtesy=_courtesy(args.max_stretch)
             ),
+            lost_share=args.resume_share,
             threads=args.threads,
         ),
+        resume_ttl_s=args.resume_ttl,
+        drain_s=args.drain,
+        watchdog_s=args.watchdog,
     )
 
     async def serve() -> None:
@@ -126,7 +132,11 @@ def _serve(args: argparse.Namespace) -> int:
                 f"health and metrics on {cloud.admin_url}",
                 flush=True,
             )
-            await wait_for_termination()
+            asked = asyncio.create_task(wait_for_termination())
+            await asyncio.wait((asked, cloud.broken), return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+            if cloud.broken.done():
+                raise HatError(f"{cloud.broken.result()}; this cloud has ended, start it again")
 
     asyncio.run(serve())
     return 0

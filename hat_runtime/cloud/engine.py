@@ -20,7 +20,18 @@ import torch
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.pacing import Pacing
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
-from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want, violation
+from hat_runtime.cloud.session import (
+    Event,
+    Evicted,
+    Failed,
+    Ready,
+    Session,
+    StepDone,
+    StepWork,
+    Want,
+    unknown_session,
+    violation,
+)
 from hat_runtime.control.cost import CostFit
 from hat_runtime.model.runner import LayerRunner, Segment
 
@@ -39,6 +50,8 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     idle_ttl_s: float = 600.0
     """A session without a Step for this long is ended."""
+    lost_share: float = 0.5
+    """Most of the KV pages that sessions without a stream may keep, 0 to 1."""
     threads: int | None = None
     """Threads for torch's operators; None for torch's choice."""
 
@@ -63,7 +76,7 @@ class Engine:
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sessions: dict[str, Session] = {}  # in the order of opening
-        self._events: list[tuple[Session, Event]] = []
+        self._events: list[tuple[Callable[[Event], None], Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
@@ -71,6 +84,8 @@ class Engine:
         """Most rows of prompts in the latest pass; read by any thread."""
         self.failed: BaseException | None = None
         """What ended the thread; None while it works."""
+        self.pass_began: float | None = None
+        """Monotonic seconds when the pass that runs began; None between passes. Read by any thread."""
 
     @property
     def cost(self) -> CostFit:
@@ -104,6 +119,19 @@ class Engine:
     def close(self, session: Session) -> None:
         """Forget a session, whatever it waits for, and free its pages."""
         self._inbox.put(lambda: self._close(session))
+
+    def lose(self, session: Session) -> None:
+        """The session's stream is gone: drop what it waits for; its KV cache stays while others can spare the room."""
+        self._inbox.put(lambda: self._lose(session))
+
+    def take_over(self, session: Session, deliver: Callable[[Event], None]) -> None:
+        """Another stream has the session from now on. Its first event is Ready, or Failed if the session is gone.
+
+        Args:
+            session: with or without a stream; Steps of the old one that have not run are dropped.
+            deliver: takes the session's events from now on; none of those before.
+        """
+        self._inbox.put(lambda: self._take_over(session, deliver))
 
     async def idle(self) -> None:
         """Wait until everything submitted so far was taken up, and check that no page is lost.
@@ -187,7 +215,7 @@ class Engine:
     def _open(self, session: Session) -> None:
         session.last_active = self._clock()
         self._sessions[session.id] = session
-        self._metrics.sessions_open.set(len(self._sessions))
+        self._count_sessions()
 
     def _submit(self, session: Session, work: StepWork) -> None:
         if session.id not in self._sessions:
@@ -201,12 +229,52 @@ class Engine:
         if self._sessions.pop(session.id, None) is not None:
             session.queue.clear()
             self.runner.cache.release(session.sequence)
-            self._metrics.sessions_open.set(len(self._sessions))
+            self._count_sessions()
             self._update_usage()
+
+    def _lose(self, session: Session) -> None:
+        if session.id not in self._sessions:
+            return
+        session.part()
+        session.lost, session.deliver = self._clock(), _to_nobody
+        self._bound_lost()
+        self._count_sessions()
+        self._update_usage()
+
+    def _bound_lost(self) -> None:
+        """Sessions without a stream keep at most their share of the pages; those lost first give theirs up."""
+        most = self._config.lost_share * self.runner.cache.num_pages
+        lost = sorted((s.lost, s.id) for s in self._sessions.values() if s.lost is not None)
+        kept = sum(len(self._sessions[key].sequence.pages) for _, key in lost)
+        for _, key in lost:
+            if kept <= most:
+                return
+            kept -= len(self._sessions[key].sequence.pages)
+            self.runner.cache.release(self._sessions[key].sequence)
+            self._metrics.evictions.inc()
+
+    def _take_over(self, session: Session, deliver: Callable[[Event], None]) -> None:
+        if session.id not in self._sessions:
+            self._events.append((deliver, unknown_session(session.id)))
+            return
+        session.part()
+        session.lost, session.deliver = None, deliver
+        session.last_active = self._clock()
+        self._tell(session, Ready(session.committed))
+        self._count_sessions()
+
+    def _count_sessions(self) -> None:
+        lost = sum(session.lost is not None for session in self._sessions.values())
+        self._metrics.sessions_open.set(len(self._sessions) - lost)
+        self._metrics.sessions_lost.set(lost)
+
+    def _tell(self, session: Session, event: Event) -> None:
+        """Deliver at the end of the round, to the stream that the session has now."""
+        self._events.append((session.deliver, event))
 
     def _fail(self, session: Session, failure: Failed) -> None:
         self._close(session)
-        self._events.append((session, failure))
+        self._tell(session, failure)
 
     def _reap_idle(self) -> None:
         limit = self._clock() - self._config.idle_ttl_s
@@ -217,7 +285,10 @@ class Engine:
     def _step(self) -> tuple[list[Planned], float]:
         """Plan and run one pass; what ran, and the seconds inside the layers."""
         for session in list(self._sessions.values()):
-            self._settle_head(session)
+            try:
+                self._settle_head(session)
+            except Exception as error:
+                self._fail_poisoned(session, error)
         now = self._clock()
         self.prompt_rows = self._pacing.prompt_rows(self._sessions.values(), now)
         plan = self._scheduler.plan(self._sessions.values(), now, self.prompt_rows)
@@ -262,7 +333,7 @@ class Engine:
             session.lost_pages = True
             self._forget(session)
             self._metrics.evictions.inc()
-            self._events.append((session, Evicted(session.committed)))
+            self._tell(session, Evicted(session.committed))
             while session.queue:
                 self._answer(session, StepDone(session.queue.popleft(), stale=True))
                 self._metrics.stale.inc()
@@ -275,16 +346,6 @@ class Engine:
 
     def _pass(self, passes: list[Planned]) -> float | None:
         """Run one pass and answer what it completes; seconds inside the layers, None if it failed."""
-        segments = [
-            Segment(
-                planned.session.sequence,
-                planned.start,
-                self._rows(planned),
-                wanted=any(piece.wanted for piece in planned.pieces),
-                aside=planned.aside,
-            )
-            for planned in passes
-        ]
         now, began = self._clock(), time.perf_counter()
         for planned in passes:
             for piece in planned.pieces:
@@ -292,20 +353,53 @@ class Engine:
                 if not piece.work.done:
                     self._metrics.queue_seconds.observe(now - piece.work.arrived)
         try:
-            # Waits for the device, so that the time is the layers' own.
-            outputs = self._outputs(passes, self.runner.run(segments))
-        except Exception:
-            log.exception("a pass over %d sessions failed", len(passes))
+            outputs = self._forward(passes)
+        except Exception as error:
+            if len(passes) == 1 or is_fatal(error):
+                self._fail_poisoned(passes[0].session, error)
+                return None
+            # One of them poisons the pass, and nobody knows which: each gets a pass of its own.
+            log.warning(
+                "a pass over %d sessions failed (%s); trying each alone", len(passes), type(error).__name__
+            )
             for planned in passes:
-                self._fail(
-                    planned.session, Failed(grpc.StatusCode.INTERNAL, "the pass failed; see the cloud's log")
-                )
+                self._pass([planned])
             return None
         forward_s = time.perf_counter() - began
         tokens = sum(planned.rows for planned in passes)
         for planned, deep in zip(passes, outputs, strict=True):
-            self._complete(planned, deep, forward_s, tokens)
+            try:
+                self._complete(planned, deep, forward_s, tokens)
+            except Exception as error:
+                self._fail_poisoned(planned.session, error)
         return forward_s
+
+    def _forward(self, passes: list[Planned]) -> list[torch.Tensor]:
+        """Run the layers once; what `_complete` needs of each session's rows."""
+        self.pass_began = time.monotonic()
+        try:
+            segments = [
+                Segment(
+                    planned.session.sequence,
+                    planned.start,
+                    self._rows(planned),
+                    wanted=any(piece.wanted for piece in planned.pieces),
+                    aside=planned.aside,
+                )
+                for planned in passes
+            ]
+            # Waits for the device, so that the time is the layers' own.
+            return self._outputs(passes, self.runner.run(segments))
+        finally:
+            self.pass_began = None
+
+    def _fail_poisoned(self, session: Session, error: Exception) -> None:
+        """End the session whose Step raised; the others go on. Raises the error where nothing can go on."""
+        if is_fatal(error):
+            raise error
+        log.error("session %s: its Step raised", session.id[:8], exc_info=error)
+        text = f"the Step raised {type(error).__name__} in the cloud; see its log"
+        self._fail(session, Failed(grpc.StatusCode.INTERNAL, text))
 
     def _rows(self, planned: Planned) -> torch.Tensor:
         """What goes into the layers, [rows, hidden_size]: all pieces' tokens, then all their alternatives."""
@@ -354,7 +448,7 @@ class Engine:
 
     def _answer(self, session: Session, done: StepDone) -> None:
         session.last_active = self._clock()
-        self._events.append((session, done))
+        self._tell(session, done)
 
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
         predicted_s = self._pacing.saw_pass(passes, forward_s, total_s)
@@ -385,6 +479,20 @@ class Engine:
             log.debug("the event loop is closed; %d events dropped", len(events))
 
 
-def _deliver(events: list[tuple[Session, Event]]) -> None:
-    for session, event in events:
-        session.deliver(event)
+def is_fatal(error: BaseException) -> bool:
+    """Whether the accelerator is lost to this process, so that no later pass could succeed either.
+
+    After an error of its own a CUDA context answers every call with an error; too little memory is none of these.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _deliver(events: list[tuple[Callable[[Event], None], Event]]) -> None:
+    for deliver, event in events:
+        deliver(event)
+
+
+def _to_nobody(event: Event) -> None:
+    """For a session without a stream."""

@@ -21,7 +21,8 @@ from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.peer import peer_of
 from hat_runtime.cloud.policy import PolicyStore
-from hat_runtime.cloud.session import Evicted, Failed, Session, StepDone, Want
+from hat_runtime.cloud.resumption import TTL_S, LostSessions
+from hat_runtime.cloud.session import Evicted, Failed, Ready, Session, StepDone, Want, unknown_session
 from hat_runtime.cloud.stream import Stream
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
 from hat_runtime.cloud.tokens import Decoded
@@ -31,7 +32,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 3)
+PROTOCOL = (1, 4)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -51,8 +52,10 @@ class RuntimeService:
         metrics: CloudMetrics,
         devices: DeviceTable,
         policy: PolicyStore | None = None,
+        *,
+        resume_ttl_s: float = TTL_S,
     ) -> None:
-        """Without a policy no chunk sizes are proposed."""
+        """Without a policy no chunk sizes are proposed. A session whose stream is lost is kept for `resume_ttl_s`."""
         self._engine = engine
         self._policy = policy or PolicyStore()
         self._load = Load()
@@ -60,7 +63,9 @@ class RuntimeService:
         self._metrics = metrics
         self._devices = devices
         self._sessions: dict[str, tuple[Session, Stream]] = {}
+        self._lost = LostSessions(engine.close, ttl_s=resume_ttl_s, most=served.limits.max_sessions)
         self._draining = False
+        self._broken: str | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for `grpc.aio.Server.add_generic_rpc_handlers`; it counts bytes and survives garbage."""
@@ -80,8 +85,16 @@ class RuntimeService:
         """Refuse new sessions and tell the open ones to leave within `deadline_s` seconds."""
         self._draining = True
         notice = pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=round(deadline_s * 1000))))
+        self._lost.clear()
         for _, stream in self._sessions.values():
-            stream.events.put_nowait(notice)
+            stream.deliver(notice)
+
+    def give_up(self, reason: str) -> None:
+        """The engine answers nobody any more: end every stream with the reason, and refuse new ones."""
+        self._broken = reason
+        self._lost.clear()
+        for _, stream in self._sessions.values():
+            stream.deliver(Failed(grpc.StatusCode.UNAVAILABLE, reason))
 
     def tuning(self) -> dict[str, Any]:
         """What sizes of chunks depend on in this cloud, as GET /v1/devices gives it (docs/operations.md)."""
@@ -126,11 +139,10 @@ class RuntimeService:
         try:
             session = await self._open(requests, context, stream)
             reader = asyncio.create_task(self._read(requests, session, stream))
-            yield self._opened(session)
             while (event := await stream.events.get()) is not None:
                 if isinstance(event, Failed):
                     raise ProtocolError(event.text, event.code, event.retry_after_s)
-                for message in self._messages(event, stream):
+                for message in self._messages(event, session, stream):
                     yield message
                 if isinstance(event, StepDone):
                     stream.answered(event)
@@ -150,9 +162,20 @@ class RuntimeService:
             self._metrics.ended.labels(code.name).inc()
             if reader is not None:
                 reader.cancel()
-            if session is not None:
-                self._sessions.pop(session.id, None)
-                self._engine.close(session)
+            stream.ended()
+            if session is not None and not stream.fenced:
+                self._part(session, stream, code)
+
+    def _part(self, session: Session, stream: Stream, code: grpc.StatusCode) -> None:
+        """A session's stream has ended: keep the session where the device may come back, and free it otherwise."""
+        known = self._sessions.pop(session.id, None) is not None
+        lost = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK) and not stream.closed
+        if known and lost and stream.resumable and not self._draining and self._broken is None:
+            log.info("session %s lost its stream", session.id[:8])
+            self._engine.lose(session)
+            self._lost.keep(session, stream.peer)
+        else:
+            self._engine.close(session)
 
     async def _open(
         self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: Stream
@@ -165,29 +188,54 @@ class RuntimeService:
         opening = message.open
         request_id.set(sane_request_id(opening.request_id) or "-")
         self._check_handshake(opening)
+        stream.peer = peer_of(opening, context)
+        stream.codecs = codecs_of(opening)
+        stream.resumable = opening.resumable and self._lost.ttl_s > 0
+        if opening.HasField("resume"):
+            return self._resume(opening.resume.session_id, stream)
         self._make_room()
         session = Session(
             id=secrets.token_hex(16),
             max_tokens=opening.max_tokens or self._served.limits.max_tokens,
-            deliver=stream.events.put_nowait,
+            deliver=stream.deliver,
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
-        stream.peer = peer_of(opening, context)
-        stream.codecs = codecs_of(opening)
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
+        stream.deliver(Ready(0))
         log.info("session %s opened", session.id[:8])
         return session
 
+    def _resume(self, session_id: str, stream: Stream) -> Session:
+        """Give a session to another stream of the peer that opened it; the old one may write no more.
+
+        Raises:
+            ProtocolError: there is no such session, or not of this peer, or there are too many.
+        """
+        session = self._lost.of(session_id, stream.peer)
+        if session is not None:
+            self._make_room()
+            self._lost.release(session)
+        elif (held := self._sessions.get(session_id)) and held[1].resumable and held[1].peer == stream.peer:
+            session = held[0]
+            held[1].fence()
+        else:
+            unknown = unknown_session(session_id)
+            raise ProtocolError(unknown.text, unknown.code)
+        self._sessions[session.id] = (session, stream)
+        self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
+        self._engine.take_over(session, stream.deliver)
+        log.info("session %s resumed", session.id[:8])
+        return session
+
     def _check_handshake(self, opening: pb.Open) -> None:
+        if self._broken is not None:
+            raise ProtocolError(self._broken, grpc.StatusCode.UNAVAILABLE)
         if not self._engine.alive:
             raise ProtocolError("the engine failed; see the cloud's log", grpc.StatusCode.UNAVAILABLE)
         if self._draining:
             raise ProtocolError("this replica is going away", grpc.StatusCode.UNAVAILABLE, RETRY_OVERLOADED_S)
-        if opening.HasField("resume"):
-            text = f"session {opening.resume.session_id!r} is unknown: it ended with its stream"
-            raise ProtocolError(text, grpc.StatusCode.NOT_FOUND)
         check_fits(opening, self._served)
 
     def _make_room(self) -> None:
@@ -203,7 +251,7 @@ class RuntimeService:
             raise ProtocolError(text, grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_OVERLOADED_S)
         session, stream = min(idle, key=lambda pair: pair[0].last_active)
         del self._sessions[session.id]
-        stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
+        stream.deliver(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
 
     def _row_bytes(self, stream: Stream) -> float:
         if self._served.mode:
@@ -212,7 +260,7 @@ class RuntimeService:
         prompt = codec.codec_named(stream.codecs.prompt)
         return prompt.row_bytes(identity.hidden_size, codec.DTYPES[identity.dtype])
 
-    def _messages(self, event: Any, stream: Stream) -> Any:
+    def _messages(self, event: Any, session: Session, stream: Stream) -> Any:
         if isinstance(event, StepDone):
             work = event.work
             if work.want is Want.ALL and not event.stale:
@@ -231,16 +279,19 @@ class RuntimeService:
             return (decoded_message(event),)
         if isinstance(event, Evicted):
             return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
+        if isinstance(event, Ready):
+            return (self._opened(session, event.committed, stream),)
         return (event,)
 
-    def _opened(self, session: Session) -> pb.CloudMessage:
+    def _opened(self, session: Session, committed: int, stream: Stream) -> pb.CloudMessage:
         return pb.CloudMessage(
             opened=pb.Opened(
                 session_id=session.id,
-                committed=0,
+                committed=committed,
                 limits=self._served.limits,
                 cost=cost_hints(self._engine.cost.fit(), self._engine.prompt_rows),
                 protocol_minor=PROTOCOL[1],
+                resume_ms=round(self._lost.ttl_s * 1000) if stream.resumable else 0,
             )
         )
 
@@ -260,11 +311,16 @@ class RuntimeService:
                     self._devices.heard(stream.peer.device)
                     if (work := assembler.feed(message.step)) is not None:
                         await stream.admit(work.n)
+                        if stream.fenced:
+                            return
                         self._engine.submit(session, work)
                 elif kind == "telemetry":
                     assert message is not None
                     self._observe(message.telemetry)
                     self._devices.heard(stream.peer.device, message.telemetry)
+                elif kind == "close":
+                    stream.close()
+                    return
                 elif kind == "open":
                     raise ProtocolError("a second Open on one stream", grpc.StatusCode.FAILED_PRECONDITION)
                 elif message is None:
@@ -272,7 +328,7 @@ class RuntimeService:
                 # Anything else is from a later minor version and may be ignored.
             stream.half_close()
         except ProtocolError as error:
-            stream.events.put_nowait(Failed(error.code, str(error), error.retry_after_s))
+            stream.deliver(Failed(error.code, str(error), error.retry_after_s))
 
     def _assembler(self, stream: Stream) -> StepAssembler | TokenAssembler:
         served = self._served
@@ -316,6 +372,10 @@ def make_server(service: RuntimeService) -> grpc.aio.Server:
             ("grpc.max_send_message_length", frames.MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # a busy port must be an error
             ("grpc.keepalive_permit_without_calls", 1),
+            # A device that went without a word: its session must be lost in time to be kept, and then freed.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.max_ping_strikes", 0),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from hat_runtime.wire.codec import RAW, codec_named, dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 3
+PROTOCOL_MINOR = 4
 TELEMETRY_EVERY_S = 5.0
+KEEPALIVE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class CloudLink(CloudView):
     """A channel to one cloud. For the event loop that made it."""
 
     def __init__(
-        self, address: str, metrics: DeviceMetrics | None = None, *, timeout_s: float = 10.0
+        self,
+        address: str,
+        metrics: DeviceMetrics | None = None,
+        *,
+        timeout_s: float = 10.0,
+        keepalive_s: float = KEEPALIVE_S,
     ) -> None:
         """Connect lazily: the first call does it.
 
@@ -45,6 +52,8 @@ class CloudLink(CloudView):
             address: "HOST:PORT" of the cloud's gRPC port.
             metrics: where bytes and round-trip times are counted.
             timeout_s: longest wait for Describe and for a session to open.
+            keepalive_s: from the last sign of life to a ping; half as long without an answer, and the connection is
+                given up.
         """
         super().__init__()
         self.address = address
@@ -54,10 +63,14 @@ class CloudLink(CloudView):
         self.retry_at_s = 0.0
         """time.monotonic() before which the cloud asked not to be bothered (Notice RETRY)."""
         self.sessions: set[CloudSession] = set()
+        self.parting: set[CloudSession] = set()
+        """Sessions that the cloud was told to end and that wait for its word."""
         self.limits = pb.Limits()
         """The cloud's limits as of the last Describe."""
+        self.cloud_minor = 0
+        """The cloud's minor protocol version as of the last Describe."""
         self._telemetry_at_s = 0.0
-        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(address))
+        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(address, keepalive_s))
         self._stub = runtime_pb2_grpc.RuntimeStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def describe(self, *, padding: int = 0, reply_padding: int = 0) -> pb.DescribeReply:
@@ -81,13 +94,21 @@ class CloudLink(CloudView):
                 f"the cloud at {self.address} speaks protocol {reply.protocol_major}.{reply.protocol_minor}, this "
                 f"device {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}: install the same major version of HAT on both sides"
             )
-        self.limits = reply.limits
+        self.limits, self.cloud_minor = reply.limits, reply.protocol_minor
         return reply
 
     def open_session(
-        self, binding: Binding, *, request_id: str = "", tenant: str = "", device_name: str = ""
+        self,
+        binding: Binding,
+        *,
+        request_id: str = "",
+        tenant: str = "",
+        device_name: str = "",
+        resume: CloudSession | None = None,
     ) -> CloudSession:
         """Open a generation session, without waiting for the cloud's consent: see `CloudSession.opened`.
+
+        `resume` is a session whose stream was lost: the new one takes its place, and `opened` has to be waited for.
 
         What goes wrong later ends the session: CloudUnavailable (not reachable, or full, and then `retry_after_s`
         says when to try again) or HandshakeError (another model, split, dtype or codec).
@@ -113,8 +134,11 @@ class CloudLink(CloudView):
             protocol_minor=PROTOCOL_MINOR,
             device=device_name,
             mode=binding.mode,
+            resumable=True,
         )
-        session.open(message, self.limits, self.timeout_s)
+        if resume is not None:
+            message.resume.session_id = resume.session_id
+        session.open(message, self.limits, self.timeout_s, resume)
         return session
 
     def row_s(self, binding: Binding) -> float:
@@ -206,25 +230,36 @@ class CloudLink(CloudView):
         """A session has ended (called by the session)."""
         self.sessions.discard(session)
 
+    def part(self, session: CloudSession) -> None:
+        """The cloud is being told that a session is over (called by the session)."""
+        self.parting.add(session)
+
+    def parted(self, session: CloudSession) -> None:
+        """A session's stream is over (called by the session)."""
+        self.parting.discard(session)
+
     async def close(self) -> None:
         """End all sessions and the connection."""
         for session in list(self.sessions):
             session.close()
+        await asyncio.gather(*(session.parted() for session in self.parting))
         await self._channel.close()
 
 
-def _channel_options(address: str) -> list[tuple[str, int]]:
+def _channel_options(address: str, keepalive_s: float) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # NAT boxes forget idle connections; the server accepts a ping every 10 s.
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(keepalive_s * 500)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # After an outage the next request should find the cloud soon, not after gRPC's two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Longest wait for one connection to be made: what does not answer may be there again at the next try.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if address.startswith(("127.", "localhost:", "[::1]")):

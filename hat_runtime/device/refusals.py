@@ -14,6 +14,14 @@ class CloudRefused(HatError):
     """The cloud ended a session because of what this device sent."""
 
 
+class SessionEnded(CloudUnavailable):
+    """The cloud ended the session and holds nothing of it."""
+
+
+class SessionUnknown(SessionEnded):
+    """The cloud does not know the session that was to be resumed."""
+
+
 def explain(error: grpc.aio.AioRpcError, address: str) -> HatError:
     """The HatError for a failed call to the cloud at `address`."""
     code, details = error.code(), error.details() or "no details"
@@ -30,7 +38,12 @@ def explain(error: grpc.aio.AioRpcError, address: str) -> HatError:
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return CloudOverloaded(f"the cloud at {address} is full: {details}", _retry_after_s(error))
-    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED):
+    if code is grpc.StatusCode.NOT_FOUND:
+        return SessionUnknown(f"the cloud at {address} does not have the session any more: {details}")
+    if code is grpc.StatusCode.ABORTED:
+        text = f"the cloud at {address} ended the session: {details}"
+        return SessionEnded(text, _retry_after_s(error))
+    if code is grpc.StatusCode.CANCELLED or (code is grpc.StatusCode.UNKNOWN and "Stream removed" in details):
         return CloudUnavailable(f"the cloud at {address} ended the session: {details}", _retry_after_s(error))
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return HandshakeError(f"{address} does not speak HAT's session protocol ({details})")
