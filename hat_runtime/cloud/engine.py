@@ -32,6 +32,7 @@ from hat_runtime.cloud.session import (
     unknown_session,
     violation,
 )
+from hat_runtime.cloud.session_table import SessionTable
 from hat_runtime.control.cost import CostFit
 from hat_runtime.model.runner import LayerRunner, Segment
 
@@ -75,7 +76,7 @@ class Engine:
         self._loop = loop
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._sessions: dict[str, Session] = {}  # in the order of opening
+        self._sessions = SessionTable(runner.cache, metrics, config.lost_share)
         self._events: list[tuple[Callable[[Event], None], Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
@@ -110,7 +111,7 @@ class Engine:
 
     def open(self, session: Session) -> None:
         """Admit a session."""
-        self._inbox.put(lambda: self._open(session))
+        self._inbox.put(lambda: self._sessions.open(session, self._clock()))
 
     def submit(self, session: Session, work: StepWork) -> None:
         """Queue a Step; exactly one StepDone or Failed answers it, unless the session is closed first."""
@@ -118,11 +119,11 @@ class Engine:
 
     def close(self, session: Session) -> None:
         """Forget a session, whatever it waits for, and free its pages."""
-        self._inbox.put(lambda: self._close(session))
+        self._inbox.put(lambda: self._sessions.close(session))
 
     def lose(self, session: Session) -> None:
         """The session's stream is gone: drop what it waits for; its KV cache stays while others can spare the room."""
-        self._inbox.put(lambda: self._lose(session))
+        self._inbox.put(lambda: self._sessions.lose(session, self._clock()))
 
     def take_over(self, session: Session, deliver: Callable[[Event], None]) -> None:
         """Another stream has the session from now on. Its first event is Ready, or Failed if the session is gone.
@@ -156,7 +157,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + owned == total."""
-        self.runner.cache.check(session.sequence for session in self._sessions.values())
+        self._sessions.check()
 
     def _run(self) -> None:
         if self._config.threads is not None:
@@ -212,11 +213,6 @@ class Engine:
             command()
         return True
 
-    def _open(self, session: Session) -> None:
-        session.last_active = self._clock()
-        self._sessions[session.id] = session
-        self._count_sessions()
-
     def _submit(self, session: Session, work: StepWork) -> None:
         if session.id not in self._sessions:
             return
@@ -225,55 +221,17 @@ class Engine:
         session.epoch = max(session.epoch, work.epoch)
         session.queue.append(work)
 
-    def _close(self, session: Session) -> None:
-        if self._sessions.pop(session.id, None) is not None:
-            session.queue.clear()
-            self.runner.cache.release(session.sequence)
-            self._count_sessions()
-            self._update_usage()
-
-    def _lose(self, session: Session) -> None:
-        if session.id not in self._sessions:
-            return
-        session.part()
-        session.lost, session.deliver = self._clock(), _to_nobody
-        self._bound_lost()
-        self._count_sessions()
-        self._update_usage()
-
-    def _bound_lost(self) -> None:
-        """Sessions without a stream keep at most their share of the pages; those lost first give theirs up."""
-        most = self._config.lost_share * self.runner.cache.num_pages
-        lost = sorted((s.lost, s.id) for s in self._sessions.values() if s.lost is not None)
-        kept = sum(len(self._sessions[key].sequence.pages) for _, key in lost)
-        for _, key in lost:
-            if kept <= most:
-                return
-            kept -= len(self._sessions[key].sequence.pages)
-            self.runner.cache.release(self._sessions[key].sequence)
-            self._metrics.evictions.inc()
-
     def _take_over(self, session: Session, deliver: Callable[[Event], None]) -> None:
-        if session.id not in self._sessions:
-            self._events.append((deliver, unknown_session(session.id)))
-            return
-        session.part()
-        session.lost, session.deliver = None, deliver
-        session.last_active = self._clock()
-        self._tell(session, Ready(session.committed))
-        self._count_sessions()
-
-    def _count_sessions(self) -> None:
-        lost = sum(session.lost is not None for session in self._sessions.values())
-        self._metrics.sessions_open.set(len(self._sessions) - lost)
-        self._metrics.sessions_lost.set(lost)
+        found = self._sessions.take_over(session, deliver, self._clock())
+        event = Ready(session.committed) if found else unknown_session(session.id)
+        self._events.append((deliver, event))
 
     def _tell(self, session: Session, event: Event) -> None:
         """Deliver at the end of the round, to the stream that the session has now."""
         self._events.append((session.deliver, event))
 
     def _fail(self, session: Session, failure: Failed) -> None:
-        self._close(session)
+        self._sessions.close(session)
         self._tell(session, failure)
 
     def _reap_idle(self) -> None:
@@ -462,11 +420,7 @@ class Engine:
         for planned in passes:
             is_prompt = self._config.scheduler.is_prompt(planned.pieces[0].work)
             self._metrics.tokens.labels("prefill" if is_prompt else "short").inc(planned.rows)
-        self._update_usage()
-
-    def _update_usage(self) -> None:
-        cache = self.runner.cache
-        self._metrics.kv_usage.set(1 - cache.free_pages / cache.num_pages)
+        self._sessions.count_pages()
 
     def _flush(self) -> None:
         """Hand all events of this round to the event loop at once."""
@@ -492,7 +446,3 @@ def is_fatal(error: BaseException) -> bool:
 def _deliver(events: list[tuple[Callable[[Event], None], Event]]) -> None:
     for deliver, event in events:
         deliver(event)
-
-
-def _to_nobody(event: Event) -> None:
-    """For a session without a stream."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hat_runtime.device.link import KEEPALIVE_S
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import SessionUnknown
 from hat_runtime.device.session import CloudSession
@@ -34,6 +35,8 @@ class RecoveryConfig:
     """Longest time to reach the cloud again; 0: the loss of a connection ends the answer."""
     max_recoveries: int = 16
     """Of one request; then it ends with an error."""
+    keepalive_s: float = KEEPALIVE_S
+    """From the last sign of life of a connection to a ping; half as long without an answer, and it is lost."""
 
 
 class Recovery:

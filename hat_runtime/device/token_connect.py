@@ -58,7 +58,8 @@ async def connect_tokens(
         HandshakeError: the cloud is of the other mode, or its vocabulary is not the draft model's.
         ModelError: a folder cannot be used.
     """
-    link = CloudLink(cloud, metrics)
+    config = config or GeneratorConfig()
+    link = CloudLink(cloud, metrics, keepalive_s=config.recovery.keepalive_s)
     try:
         description = await link.describe()
         binding = await asyncio.to_thread(bind_tokens, folder, draft_folder, description, cloud)
