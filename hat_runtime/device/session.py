@@ -48,7 +48,8 @@ class CloudSession:
         """The cloud announced that it goes away: open no further request on this session."""
         self.error: HatError | None = None
         """Why the session ended; None while it lives."""
-        self._resume_s = 0.0  # how long the cloud keeps the session after its stream was lost
+        self.resume_s = 0.0
+        """How long the cloud keeps the session after its stream was lost; 0: not at all, or not known yet."""
         self._lost_s = 0.0  # time.monotonic() when it was lost
         self._resumes: CloudSession | None = None
         self._closed = False  # by this device
@@ -94,7 +95,7 @@ class CloudSession:
             lost
             and not self._closed
             and not self.draining
-            and time.monotonic() - self._lost_s < self._resume_s
+            and time.monotonic() - self._lost_s < self.resume_s
         )
 
     def open(
@@ -235,7 +236,7 @@ class CloudSession:
         if self.error is not None:
             return
         self._closed = True
-        told = self.link.cloud_minor >= CLOSE_SINCE or self._resume_s > 0
+        told = self.link.cloud_minor >= CLOSE_SINCE or self.resume_s > 0
         self._end_with(error or CloudUnavailable("the session was closed by this device"), parting=told)
         if not told:
             self._reader.cancel()
@@ -318,7 +319,7 @@ class CloudSession:
             self.limits = opened.limits
             self.link.cloud_cost = opened.cost
             self.takes_alternatives = opened.protocol_minor >= ALTERNATIVES_SINCE
-            self._resume_s = opened.resume_ms / 1000
+            self.resume_s = opened.resume_ms / 1000
             if self._resumes is not None:
                 # Neither more than the cloud has, nor more than is sure to be what was sent last.
                 self.committed = self._end = min(opened.committed, self._resumes.committed)

@@ -202,8 +202,8 @@ def _cloud() -> list[Panel]:
         ),
         graph(
             "Evictions and KV cache",
-            "Times that the cloud gave a session's KV cache to others: the device then sends its text again (right), and "
-            "times that a session went on after the cloud was lost (right). "
+            "Times that the cloud gave a session's KV cache to others: the device then sends its text again (right). "
+            "Times that a session went on after the cloud was lost (right). "
             "Share of the device's own KV pages in use (left).",
             "percentunit",
             Query(f"max by ({_BY}) (hat_kv_cache_usage_ratio{{{DEVICE}}})", f"{_NAME} KV"),
