@@ -34,13 +34,13 @@ from tests.tiny_models import make_tiny_model
 
 MODES = ("hat", "picospec")
 ABOUT = f"""
-{{count}} concurrent answers of {NEW} tokens of a tiny random model in float32, greedy and seeded (`coupled`) in turn, over
-an emulated link of {LINK} (rate, round trip). When a quarter of the tokens is there, something breaks. *exact*: the
-answer is the whole model's text, by transformers alone. *told*: it ended with the error that the contract allows, and
-what came before was right. *wrong*: everything else, and pages or sessions that are left over on either side afterwards.
-Recoveries are the device's `hat_session_resumes_total` by cause. A session is kept for {TTL_S:g} s after its stream was
-lost (60 s in the row of 30 s), the watchdog waits 4 s. Seconds are from the start of the answers to the last one's end,
-on a machine that does other things as well.
+{{count}} concurrent answers of {NEW} tokens of a tiny random model in float32, greedy and seeded (`coupled`) in
+turn, over an emulated link of {LINK} (rate, round trip). When a quarter of the tokens is there, something
+breaks. *exact*: the answer is the whole model's text, by transformers alone. *told*: it ended with the error
+that the contract allows, and what came before was right. *wrong*: everything else, and pages or sessions that
+are left over on either side afterwards. Recoveries are the device's `hat_session_resumes_total` by cause. A
+session is kept for {TTL_S:g} s after its stream was lost (60 s in the row of 30 s), the watchdog waits 4 s.
+Seconds are from the start of the answers to the last one's end, on a machine that does other things as well.
 """
 
 
