@@ -291,12 +291,13 @@ class CloudSession:
                 size = message.ByteSize()
                 self.downlink_bytes += size
                 self.link.metrics.downlink_bytes.inc(size)
-                self._receive(message)
+                try:
+                    self._receive(message)
+                except CloudRefused as error:
+                    self.close(error)  # and read on to the end of the stream
             self._end_with(CloudUnavailable(f"the cloud at {self.link.address} closed the session"))
         except grpc.aio.AioRpcError as error:
             self._end_with(explain(error, self.link.address))
-        except CloudRefused as error:
-            self.close(error)
         finally:
             # grpc.aio raises CancelledError also for a stream that the other side cancelled.
             self._end_with(CloudUnavailable(f"the cloud at {self.link.address} cancelled the session"))
