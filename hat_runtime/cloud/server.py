@@ -375,6 +375,7 @@ def make_server(service: RuntimeService) -> grpc.aio.Server:
             # A device that went without a word: its session must be lost in time to be kept, and then freed.
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),  # else gRPC waits a minute, whatever is above
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.max_ping_strikes", 0),

@@ -253,6 +253,10 @@ def _channel_options(address: str, keepalive_s: float) -> list[tuple[str, int]]:
         # NAT boxes forget idle connections; the server accepts a ping every 10 s.
         ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(keepalive_s * 500)),
+        (
+            "grpc.http2.ping_timeout_ms",
+            round(keepalive_s * 500),
+        ),  # else gRPC waits a minute, whatever is above
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # After an outage the next request should find the cloud soon, not after gRPC's two minutes.

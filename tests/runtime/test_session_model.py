@@ -93,9 +93,10 @@ class Sessions(RuleBasedStateMachine):
         async def stop() -> None:
             for session in self.sessions:
                 session.stream.call.cancel()
+            self.service.drain(0.0)
             await self.channel.close()
             await self.server.stop(0)
-            self.service._lost.clear()
+            await self._until(lambda: not self.service._sessions)
             await self.engine.idle()
             assert self.engine.runner.cache.free_pages == PAGES
             assert not self.engine._sessions
