@@ -24,6 +24,7 @@ def draft(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(perturbed(tiny_llama, tmp_path_factory.mktemp("draft") / "close", 0.005))
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", MODES)
 async def test_faults(mode: str, tiny_llama: Path, draft: str, want: Want) -> None:
     """Every answer is the uninterrupted one, or ends with an error where the contract says so; nothing is left."""
