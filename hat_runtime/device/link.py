@@ -261,7 +261,7 @@ def _channel_options(address: str, keepalive_s: float) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         # After an outage the next request should find the cloud soon, not after gRPC's two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         # Longest wait for one connection to be made: what does not answer may be there again at the next try.
         ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.use_local_subchannel_pool", 1),
