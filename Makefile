@@ -182,6 +182,15 @@ full-distribution: $(STAMP)  ## sampled texts distributed as the target's, 100,0
 full-speculation-faults: $(STAMP)  ## stalls, cuts and slow spells of the link while drafts are under way, 60 at random moments
 	@$(BIN)/python -m pytest tests/runtime -m long -k faults -s $(ARGS)
 
+# The short form is tests/runtime/test_faults.py, which CI runs.
+.PHONY: faults
+faults: $(STAMP)  ## the fault suite: 20 answers under each fault of cloud, link and device; writes docs/benchmarks/faults.md
+	@$(BIN)/python benchmarks/faults.py $(ARGS)
+
+.PHONY: full-session-model
+full-session-model: $(STAMP)  ## sessions opened, lost, resumed, fenced, expired in 1,000 random orders, against a model
+	@$(BIN)/python -m pytest tests/runtime/test_session_model.py -m long $(ARGS)
+
 .PHONY: full-fuzz
 full-fuzz: $(STAMP)  ## random and mutated messages against a live server
 	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)

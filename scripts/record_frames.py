@@ -35,7 +35,7 @@ def messages() -> dict[str, Message]:
         "describe_request": pb.DescribeRequest(padding=b"\x00\xff", reply_padding_bytes=3),
         "describe_reply": pb.DescribeReply(
             protocol_major=1,
-            protocol_minor=3,
+            protocol_minor=4,
             software="0.1.0",
             model=identity,
             codecs=["raw", "int8"],
@@ -58,11 +58,13 @@ def messages() -> dict[str, Message]:
                 tenant="tenant-a",
                 request_id="req-1",
                 resume=pb.Resume(session_id="0a" * 16),
-                protocol_minor=3,
+                protocol_minor=4,
                 device="jetson-1.site-a",
+                resumable=True,
                 mode="picospec",
             )
         ),
+        "device_close": pb.DeviceMessage(close=pb.Close()),
         "device_step": pb.DeviceMessage(
             step=pb.Step(
                 epoch=2,
@@ -118,7 +120,8 @@ def messages() -> dict[str, Message]:
                     fixed_s=0.02, per_token_s=0.001, per_pair_s=1e-7, per_cached_s=1e-5, prompt_rows=96
                 ),
                 replica="10.0.0.7:7070",
-                protocol_minor=3,
+                protocol_minor=4,
+                resume_ms=60000,
             )
         ),
         "cloud_result": pb.CloudMessage(

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hat_runtime.cli import options, picospec_options
+from hat_runtime.cli import fault_options, options, picospec_options
 from hat_runtime.cli.command import Command
-from hat_runtime.errors import UsageError
+from hat_runtime.errors import HatError, UsageError
 
 if TYPE_CHECKING:
     from hat_runtime.control.sharing import Courtesy
@@ -87,6 +87,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "for example 0.25; prompts are then computed a few rows at a time. none: prompts take all that a pass has room "
         "for (default %(default)s)",
     )
+    fault_options.add_cloud(serve)
     serve.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads for the layers (default: torch's choice)"
     )
@@ -113,6 +114,7 @@ def _serve(args: argparse.Namespace) -> int:
     admin_host, admin_port = options.parse_host_port(args.admin_listen or DEFAULT_ADMIN, "--admin-listen")
     for option in ("page_tokens", "max_sessions", "max_batch_tokens", "threads"):
         options.check_positive(getattr(args, option), "--" + option.replace("_", "-"))
+    fault_options.check_cloud(args)
     config = CloudConfig(
         model=Path(args.model),
         input_layers=args.input_layers,
@@ -137,8 +139,12 @@ def _serve(args: argparse.Namespace) -> int:
             scheduler=SchedulerConfig(
                 max_batch_tokens=args.max_batch_tokens, courtesy=_courtesy(args.max_stretch)
             ),
+            lost_share=args.resume_share,
             threads=args.threads,
         ),
+        resume_ttl_s=args.resume_ttl,
+        drain_s=args.drain,
+        watchdog_s=args.watchdog,
     )
 
     async def serve() -> None:
@@ -150,7 +156,11 @@ def _serve(args: argparse.Namespace) -> int:
                 + (f", admin port {cloud.admin_url}" if config.tls is not None else ""),
                 flush=True,
             )
-            await wait_for_termination()
+            asked = asyncio.create_task(wait_for_termination())
+            await asyncio.wait((asked, cloud.broken), return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+            if cloud.broken.done():
+                raise HatError(f"{cloud.broken.result()}; this cloud has ended, start it again")
 
     asyncio.run(serve())
     return 0

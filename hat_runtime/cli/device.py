@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from hat_runtime.cli import picospec_options
+from hat_runtime.cli import fault_options, picospec_options
 from hat_runtime.cli.chunking_options import add_chunking, chunking_config
 from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
@@ -107,6 +107,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="answered conversations that stay open, so that the next turn sends only its new tokens "
         "(default %(default)s)",
     )
+    fault_options.add_reconnect_for(serve)
     serve.add_argument(
         "--api-key-file",
         type=Path,
@@ -142,6 +143,7 @@ def run_serve(args: argparse.Namespace) -> int:
             f"--device-name {args.device_name!r}: only letters, digits, '.', '_' and '-', at most 253 of them"
         )
     picospec_options.check(args)
+    fault_options.check_reconnect_for(args)
     host, port = parse_host_port(args.listen, "--listen")
     http.bind(host, port, "--listen").close()  # a busy port is told before seconds of imports
 
@@ -149,6 +151,7 @@ def run_serve(args: argparse.Namespace) -> int:
     import math
 
     from hat_runtime.device.generator import GeneratorConfig
+    from hat_runtime.device.recovery import RecoveryConfig
     from hat_runtime.device.serve import DeviceConfig, serve_device
 
     config = DeviceConfig(
@@ -175,6 +178,7 @@ def run_serve(args: argparse.Namespace) -> int:
         generator=GeneratorConfig(
             max_idle_conversations=args.keep_sessions,
             device_name=args.device_name,
+            recovery=RecoveryConfig(reconnect_for_s=args.reconnect_for),
             chunking=chunking_config(args),
             drafting=drafting_config(args),
         ),

@@ -111,7 +111,7 @@ async def examine(
             ]
         findings = [*certificate, Finding("reachable", True, cloud), *_software(description)]
         findings += await _link(link)
-        findings.append(_pages(description))
+        findings += [_pages(description), await _session(link, description)]
         if model is not None:
             findings += await _model(model, description, dtype)
         return findings
@@ -162,6 +162,30 @@ def _pages(description: pb.DescribeReply) -> Finding:
     text = f"{pages.free} of {pages.total} pages of {pages.page_tokens} tokens are free"
     # Idle sessions give their pages up, so a full cache is no failure: the cloud decides when a session asks.
     return Finding("page budget", pages.total > 0, text, "give the cloud memory for a KV cache")
+
+
+async def _session(link: CloudLink, description: pb.DescribeReply) -> Finding:
+    """Open a session and end it."""
+    from hat_runtime.device.steps import Binding
+    from hat_runtime.errors import HatError
+    from hat_runtime.model.split import LayerRange
+    from hat_runtime.wire.codec import DTYPES
+
+    cloud, codec = description.model, description.codecs[0]
+    layers, dtype = LayerRange(cloud.lo, cloud.hi), DTYPES[cloud.dtype]
+    mode = "" if description.mode == "hat" else description.mode
+    binding = Binding(cloud.model_revision, layers, dtype, cloud.hidden_size, codec, codec, mode)
+    session = link.open_session(binding)
+    try:
+        await session.opened()
+    except HatError as error:
+        return Finding(
+            "session", False, str(error), "look at the cloud's log; a full or draining one needs time"
+        )
+    finally:
+        session.close()
+    kept = f"kept for {session.resume_s:g} s after a lost connection"
+    return Finding("session", True, f"opens; {kept if session.resume_s else 'ends with its connection'}")
 
 
 async def _model(folder: Path, description: pb.DescribeReply, dtype: str) -> list[Finding]:

@@ -20,7 +20,19 @@ import torch
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.pacing import Pacing
 from hat_runtime.cloud.scheduler import Plan, Planned, Scheduler, SchedulerConfig
-from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, StepWork, Want, violation
+from hat_runtime.cloud.session import (
+    Event,
+    Evicted,
+    Failed,
+    Ready,
+    Session,
+    StepDone,
+    StepWork,
+    Want,
+    unknown_session,
+    violation,
+)
+from hat_runtime.cloud.session_table import SessionTable
 from hat_runtime.control.cost import CostFit
 from hat_runtime.model.runner import LayerRunner, Segment
 
@@ -39,6 +51,8 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     idle_ttl_s: float = 600.0
     """A session without a Step for this long is ended."""
+    lost_share: float = 0.5
+    """Most of the KV pages that sessions without a stream may keep, 0 to 1."""
     threads: int | None = None
     """Threads for torch's operators; None for torch's choice."""
 
@@ -62,8 +76,8 @@ class Engine:
         self._loop = loop
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._sessions: dict[str, Session] = {}  # in the order of opening
-        self._events: list[tuple[Session, Event]] = []
+        self._sessions = SessionTable(runner.cache, metrics, config.lost_share)
+        self._events: list[tuple[Callable[[Event], None], Event]] = []
         self._thread = threading.Thread(target=self._run, name="hat-engine", daemon=True)
         self._round_began = 0.0
         self._blocked = False  # the last plan found nothing to run: queued Steps wait for pages
@@ -71,6 +85,8 @@ class Engine:
         """Most rows of prompts in the latest pass; read by any thread."""
         self.failed: BaseException | None = None
         """What ended the thread; None while it works."""
+        self.pass_began: float | None = None
+        """Monotonic seconds when the pass that runs began; None between passes. Read by any thread."""
 
     @property
     def cost(self) -> CostFit:
@@ -95,7 +111,7 @@ class Engine:
 
     def open(self, session: Session) -> None:
         """Admit a session."""
-        self._inbox.put(lambda: self._open(session))
+        self._inbox.put(lambda: self._sessions.open(session, self._clock()))
 
     def submit(self, session: Session, work: StepWork) -> None:
         """Queue a Step; exactly one StepDone or Failed answers it, unless the session is closed first."""
@@ -103,7 +119,20 @@ class Engine:
 
     def close(self, session: Session) -> None:
         """Forget a session, whatever it waits for, and free its pages."""
-        self._inbox.put(lambda: self._close(session))
+        self._inbox.put(lambda: self._sessions.close(session))
+
+    def lose(self, session: Session) -> None:
+        """The session's stream is gone: drop what it waits for; its KV cache stays while others can spare the room."""
+        self._inbox.put(lambda: self._sessions.lose(session, self._clock()))
+
+    def take_over(self, session: Session, deliver: Callable[[Event], None]) -> None:
+        """Another stream has the session from now on. Its first event is Ready, or Failed if the session is gone.
+
+        Args:
+            session: with or without a stream; Steps of the old one that have not run are dropped.
+            deliver: takes the session's events from now on; none of those before.
+        """
+        self._inbox.put(lambda: self._take_over(session, deliver))
 
     async def idle(self) -> None:
         """Wait until everything submitted so far was taken up, and check that no page is lost.
@@ -128,7 +157,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless free + owned == total."""
-        self.runner.cache.check(session.sequence for session in self._sessions.values())
+        self._sessions.check()
 
     def _run(self) -> None:
         if self._config.threads is not None:
@@ -184,11 +213,6 @@ class Engine:
             command()
         return True
 
-    def _open(self, session: Session) -> None:
-        session.last_active = self._clock()
-        self._sessions[session.id] = session
-        self._metrics.sessions_open.set(len(self._sessions))
-
     def _submit(self, session: Session, work: StepWork) -> None:
         if session.id not in self._sessions:
             return
@@ -197,16 +221,18 @@ class Engine:
         session.epoch = max(session.epoch, work.epoch)
         session.queue.append(work)
 
-    def _close(self, session: Session) -> None:
-        if self._sessions.pop(session.id, None) is not None:
-            session.queue.clear()
-            self.runner.cache.release(session.sequence)
-            self._metrics.sessions_open.set(len(self._sessions))
-            self._update_usage()
+    def _take_over(self, session: Session, deliver: Callable[[Event], None]) -> None:
+        found = self._sessions.take_over(session, deliver, self._clock())
+        event = Ready(session.committed) if found else unknown_session(session.id)
+        self._events.append((deliver, event))
+
+    def _tell(self, session: Session, event: Event) -> None:
+        """Deliver at the end of the round, to the stream that the session has now."""
+        self._events.append((session.deliver, event))
 
     def _fail(self, session: Session, failure: Failed) -> None:
-        self._close(session)
-        self._events.append((session, failure))
+        self._sessions.close(session)
+        self._tell(session, failure)
 
     def _reap_idle(self) -> None:
         limit = self._clock() - self._config.idle_ttl_s
@@ -217,7 +243,10 @@ class Engine:
     def _step(self) -> tuple[list[Planned], float]:
         """Plan and run one pass; what ran, and the seconds inside the layers."""
         for session in list(self._sessions.values()):
-            self._settle_head(session)
+            try:
+                self._settle_head(session)
+            except Exception as error:
+                self._fail_poisoned(session, error)
         now = self._clock()
         self.prompt_rows = self._pacing.prompt_rows(self._sessions.values(), now)
         plan = self._scheduler.plan(self._sessions.values(), now, self.prompt_rows)
@@ -262,7 +291,7 @@ class Engine:
             session.lost_pages = True
             self._forget(session)
             self._metrics.evictions.inc()
-            self._events.append((session, Evicted(session.committed)))
+            self._tell(session, Evicted(session.committed))
             while session.queue:
                 self._answer(session, StepDone(session.queue.popleft(), stale=True))
                 self._metrics.stale.inc()
@@ -275,16 +304,6 @@ class Engine:
 
     def _pass(self, passes: list[Planned]) -> float | None:
         """Run one pass and answer what it completes; seconds inside the layers, None if it failed."""
-        segments = [
-            Segment(
-                planned.session.sequence,
-                planned.start,
-                self._rows(planned),
-                wanted=any(piece.wanted for piece in planned.pieces),
-                aside=planned.aside,
-            )
-            for planned in passes
-        ]
         now, began = self._clock(), time.perf_counter()
         for planned in passes:
             for piece in planned.pieces:
@@ -292,20 +311,53 @@ class Engine:
                 if not piece.work.done:
                     self._metrics.queue_seconds.observe(now - piece.work.arrived)
         try:
-            # Waits for the device, so that the time is the layers' own.
-            outputs = self._outputs(passes, self.runner.run(segments))
-        except Exception:
-            log.exception("a pass over %d sessions failed", len(passes))
+            outputs = self._forward(passes)
+        except Exception as error:
+            if len(passes) == 1 or is_fatal(error):
+                self._fail_poisoned(passes[0].session, error)
+                return None
+            # One of them poisons the pass, and nobody knows which: each gets a pass of its own.
+            log.warning(
+                "a pass over %d sessions failed (%s); trying each alone", len(passes), type(error).__name__
+            )
             for planned in passes:
-                self._fail(
-                    planned.session, Failed(grpc.StatusCode.INTERNAL, "the pass failed; see the cloud's log")
-                )
+                self._pass([planned])
             return None
         forward_s = time.perf_counter() - began
         tokens = sum(planned.rows for planned in passes)
         for planned, deep in zip(passes, outputs, strict=True):
-            self._complete(planned, deep, forward_s, tokens)
+            try:
+                self._complete(planned, deep, forward_s, tokens)
+            except Exception as error:
+                self._fail_poisoned(planned.session, error)
         return forward_s
+
+    def _forward(self, passes: list[Planned]) -> list[torch.Tensor]:
+        """Run the layers once; what `_complete` needs of each session's rows."""
+        self.pass_began = time.monotonic()
+        try:
+            segments = [
+                Segment(
+                    planned.session.sequence,
+                    planned.start,
+                    self._rows(planned),
+                    wanted=any(piece.wanted for piece in planned.pieces),
+                    aside=planned.aside,
+                )
+                for planned in passes
+            ]
+            # Waits for the device, so that the time is the layers' own.
+            return self._outputs(passes, self.runner.run(segments))
+        finally:
+            self.pass_began = None
+
+    def _fail_poisoned(self, session: Session, error: Exception) -> None:
+        """End the session whose Step raised; the others go on. Raises the error where nothing can go on."""
+        if is_fatal(error):
+            raise error
+        log.error("session %s: its Step raised", session.id[:8], exc_info=error)
+        text = f"the Step raised {type(error).__name__} in the cloud; see its log"
+        self._fail(session, Failed(grpc.StatusCode.INTERNAL, text))
 
     def _rows(self, planned: Planned) -> torch.Tensor:
         """What goes into the layers, [rows, hidden_size]: all pieces' tokens, then all their alternatives."""
@@ -354,7 +406,7 @@ class Engine:
 
     def _answer(self, session: Session, done: StepDone) -> None:
         session.last_active = self._clock()
-        self._events.append((session, done))
+        self._tell(session, done)
 
     def _observe(self, passes: list[Planned], forward_s: float, total_s: float) -> None:
         predicted_s = self._pacing.saw_pass(passes, forward_s, total_s)
@@ -368,11 +420,7 @@ class Engine:
         for planned in passes:
             is_prompt = self._config.scheduler.is_prompt(planned.pieces[0].work)
             self._metrics.tokens.labels("prefill" if is_prompt else "short").inc(planned.rows)
-        self._update_usage()
-
-    def _update_usage(self) -> None:
-        cache = self.runner.cache
-        self._metrics.kv_usage.set(1 - cache.free_pages / cache.num_pages)
+        self._sessions.count_pages()
 
     def _flush(self) -> None:
         """Hand all events of this round to the event loop at once."""
@@ -385,6 +433,16 @@ class Engine:
             log.debug("the event loop is closed; %d events dropped", len(events))
 
 
-def _deliver(events: list[tuple[Session, Event]]) -> None:
-    for session, event in events:
-        session.deliver(event)
+def is_fatal(error: BaseException) -> bool:
+    """Whether the accelerator is lost to this process, so that no later pass could succeed either.
+
+    After an error of its own a CUDA context answers every call with an error; too little memory is none of these.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _deliver(events: list[tuple[Callable[[Event], None], Event]]) -> None:
+    for deliver, event in events:
+        deliver(event)

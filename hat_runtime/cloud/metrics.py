@@ -29,6 +29,7 @@ class CloudMetrics:
 
         self.model = Info("hat_model", "The model that this cloud serves", registry=registry)
         self.sessions_open = gauge("num_sessions_open", "Sessions with an open stream")
+        self.sessions_lost = gauge("num_sessions_lost", "Sessions that are kept after their stream was lost")
         self.sessions_running = gauge("num_sessions_running", "Sessions with rows in the latest pass")
         self.sessions_waiting = gauge(
             "num_sessions_waiting", "Sessions with queued Steps outside the latest pass"

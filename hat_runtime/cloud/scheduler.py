@@ -174,14 +174,17 @@ class Scheduler:
         return True
 
     def _victims(self, session: Session, plan: Plan, everyone: list[Session], now: float) -> list[Session]:
-        """Whose pages `session` may take: idle sessions, the longest idle first, then younger ones, youngest first.
+        """Whose pages `session` may take: sessions without a stream first, then idle ones, the longest idle first, then
+        younger ones, youngest first.
 
         The longest open session can take everybody's, so there is always one that gets ahead.
         """
         in_pass = {id(planned.session) for planned in plan.passes}
         others = [s for s in everyone if s is not session and s.sequence.pages and id(s) not in in_pass]
         limit = now - self._config.idle_after_s
-        idle = sorted((s for s in others if self._is_idle(s, limit)), key=lambda s: s.last_active)
+        idle = sorted(
+            (s for s in others if self._is_idle(s, limit)), key=lambda s: (s.lost is None, s.last_active)
+        )
         younger = [
             s
             for s in reversed(others)
@@ -193,4 +196,4 @@ class Scheduler:
 
     @staticmethod
     def _is_idle(session: Session, limit: float) -> bool:
-        return not session.queue and session.last_active <= limit
+        return session.lost is not None or (not session.queue and session.last_active <= limit)

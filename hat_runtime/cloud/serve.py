@@ -21,12 +21,15 @@ from hat_runtime.cloud.access import Access
 from hat_runtime.cloud.admin import control_routes, health_routes
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
+from hat_runtime.cloud.handshake import Served
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.ports import add_grpc_port, serving_http
-from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
+from hat_runtime.cloud.resumption import TTL_S
+from hat_runtime.cloud.server import SERVICE, RuntimeService, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
 from hat_runtime.cloud.tokens import MODE as PICOSPEC
+from hat_runtime.cloud.watchdog import LIMIT_S, Watchdog
 from hat_runtime.errors import UsageError
 from hat_runtime.http import bind
 from hat_runtime.model import hf
@@ -46,6 +49,8 @@ log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
 CUDA_KV_SHARE = 0.8
+_LAST_WORDS_S = 2.0
+"""For the statuses of streams whose engine serves nobody any more."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ class CloudConfig:
     max_step_tokens: int = frames.MAX_STEP_TOKENS
     max_inflight_steps: int = 32
     drain_s: float = 5.0
+    """What running answers get to end when the cloud ends."""
+    resume_ttl_s: float = TTL_S
+    """How long a session is kept after its stream was lost; 0: not at all."""
+    watchdog_s: float = LIMIT_S
+    """A pass that takes longer ends the cloud; 0: none does."""
     policy_file: Path | None = None
     """Chunk sizes to propose from the start on, until others are pushed."""
     tls: Path | None = None
@@ -122,6 +132,8 @@ class RunningCloud:
     limits: pb.Limits
     engine: Engine
     metrics: CloudMetrics
+    broken: asyncio.Task[str]
+    """Done when the cloud can serve nobody any more; says why. The process should end, and not with success."""
 
 
 @dataclass
@@ -149,13 +161,11 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         measure_expiry(access.folder, metrics.registry)
     http_socket = bind(config.http_host, config.http_port, "--http-listen")
     bind(config.host, config.port, "--listen").close()  # say so before minutes of loading
-    engine: Engine | None = None
+    watchdog: Watchdog | None = None
     service: RuntimeService | None = None
 
     def why_not_ready() -> str | None:
-        if engine is not None and not engine.alive:
-            return "the engine failed; see the log"
-        return state["why"]
+        return state["why"] or (None if watchdog is None else watchdog.reason)
 
     def tuning() -> dict[str, Any]:
         return {} if service is None else service.tuning()
@@ -168,7 +178,9 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
-        service = RuntimeService(engine, served, metrics, devices, policy, access)
+        service = RuntimeService(
+            engine, served, metrics, devices, policy, access, resume_ttl_s=config.resume_ttl_s
+        )
         server = make_server(service)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -181,6 +193,8 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
             | {"dtype": config.dtype, "version": __version__}
         )
         engine.start()
+        watchdog = Watchdog(engine, config.watchdog_s)
+        broken = asyncio.create_task(_watch(watchdog, service, health_service))
         await server.start()
         for name in ("", SERVICE):
             await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -188,14 +202,25 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         enforcing = asyncio.create_task(access.enforce(service.end_refused))
         try:
             address = f"{config.host}:{port}"
-            yield RunningCloud(address, admin_url, http_url, loaded.identity, limits, engine, metrics)
+            yield RunningCloud(address, admin_url, http_url, loaded.identity, limits, engine, metrics, broken)
         finally:
             enforcing.cancel()
-            state["why"] = "draining"
+            state["why"] = watchdog.reason or "draining"
             await health_service.enter_graceful_shutdown()
             service.drain(config.drain_s)
-            await server.stop(config.drain_s)
-            await asyncio.to_thread(engine.stop)
+            await server.stop(config.drain_s if watchdog.reason is None else _LAST_WORDS_S)
+            broken.cancel()
+            if not watchdog.stuck:  # else nothing ends the thread but the process
+                await asyncio.to_thread(engine.stop)
+
+
+async def _watch(watchdog: Watchdog, service: RuntimeService, health_service: Any) -> str:
+    """Wait until the engine serves nobody any more, and tell everybody."""
+    reason = await watchdog.wait()
+    log.critical("%s; this cloud ends", reason)
+    service.give_up(reason)
+    await health_service.enter_graceful_shutdown()
+    return reason
 
 
 def _load(config: CloudConfig) -> _Loaded:

@@ -7,23 +7,24 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
-from hat_runtime.cloud import tokens
 from hat_runtime.cloud.access import Access
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
+from hat_runtime.cloud.handshake import Served, check_fits, codecs_of
 from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
-from hat_runtime.cloud.peer import Peer, connected, peer_of
+from hat_runtime.cloud.peer import connected, peer_of
 from hat_runtime.cloud.policy import PolicyStore
-from hat_runtime.cloud.session import Event, Evicted, Failed, Session, StepDone, Want
+from hat_runtime.cloud.resumption import TTL_S, LostSessions
+from hat_runtime.cloud.session import Evicted, Failed, Ready, Session, StepDone, Want, unknown_session
+from hat_runtime.cloud.stream import Stream
 from hat_runtime.cloud.token_assembly import TokenAssembler, decoded_message, verdict_message
 from hat_runtime.cloud.tokens import Decoded
 from hat_runtime.log import request_id, sane_request_id
@@ -32,7 +33,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 3)
+PROTOCOL = (1, 4)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -40,72 +41,6 @@ RETRY_METADATA = "grpc-retry-pushback-ms"  # gRPC's own name (gRFC A6)
 RETRY_OVERLOADED_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(frozen=True)
-class Served:
-    """What every handshake is compared with."""
-
-    identity: pb.ModelIdentity
-    limits: pb.Limits
-    idle_after_s: float
-    mode: str = ""
-    """"" for hidden states, MODE of tokens.py for token ids."""
-    vocab_size: int = 0
-    tokenizer_id: str = ""
-
-    @property
-    def codecs(self) -> tuple[str, ...]:
-        """What payloads may be encoded as, the preferred one first."""
-        return (tokens.CODEC,) if self.mode else codec.CODECS
-
-
-class _Stream:
-    """One session's stream on the event loop: answers waiting to be written, Steps waiting to be answered."""
-
-    def __init__(self, limits: pb.Limits) -> None:
-        self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
-        self.peer = Peer()
-        """Who is at the other end."""
-        self.codecs = codec.RAW_ONLY
-        """How its Steps are encoded."""
-        self._limits = limits
-        self._steps = 0
-        self._tokens = 0
-        self._room = asyncio.Event()
-        self._half_closed = False
-
-    async def admit(self, tokens: int) -> None:
-        """Wait until one more Step of `tokens` may be queued. Meanwhile nothing is read, so gRPC slows the device."""
-        while self._steps and (
-            self._steps >= self._limits.max_inflight_steps
-            or self._tokens + tokens > 2 * self._limits.max_step_tokens
-        ):
-            self._room.clear()
-            await self._room.wait()
-        self._steps += 1
-        self._tokens += tokens
-
-    @property
-    def alone(self) -> bool:
-        """Whether only one Step is unanswered."""
-        return self._steps == 1
-
-    def answered(self, done: StepDone) -> None:
-        """A Step's answer was written."""
-        self._steps -= 1
-        self._tokens -= done.work.n
-        self._room.set()
-        self._end_if_finished()
-
-    def half_close(self) -> None:
-        """The device sends no more; the stream ends with its last answer."""
-        self._half_closed = True
-        self._end_if_finished()
-
-    def _end_if_finished(self) -> None:
-        if self._half_closed and not self._steps:
-            self.events.put_nowait(None)
 
 
 class RuntimeService:
@@ -119,8 +54,13 @@ class RuntimeService:
         devices: DeviceTable,
         policy: PolicyStore | None = None,
         access: Access | None = None,
+        *,
+        resume_ttl_s: float = TTL_S,
     ) -> None:
-        """Without a policy no chunk sizes are proposed; without access everybody may come."""
+        """Without a policy no chunk sizes are proposed; without access everybody may come.
+
+        A session whose stream is lost is kept for `resume_ttl_s`.
+        """
         self._engine = engine
         self._access = access or Access()
         self._policy = policy or PolicyStore()
@@ -128,8 +68,10 @@ class RuntimeService:
         self._served = served
         self._metrics = metrics
         self._devices = devices
-        self._sessions: dict[str, tuple[Session, _Stream]] = {}
+        self._sessions: dict[str, tuple[Session, Stream]] = {}
+        self._lost = LostSessions(engine.close, ttl_s=resume_ttl_s, most=served.limits.max_sessions)
         self._draining = False
+        self._broken: str | None = None
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for `grpc.aio.Server.add_generic_rpc_handlers`; it counts bytes and survives garbage."""
@@ -149,8 +91,16 @@ class RuntimeService:
         """Refuse new sessions and tell the open ones to leave within `deadline_s` seconds."""
         self._draining = True
         notice = pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=round(deadline_s * 1000))))
+        self._lost.clear()
         for _, stream in self._sessions.values():
-            stream.events.put_nowait(notice)
+            stream.deliver(notice)
+
+    def give_up(self, reason: str) -> None:
+        """The engine answers nobody any more: end every stream with the reason, and refuse new ones."""
+        self._broken = reason
+        self._lost.clear()
+        for _, stream in self._sessions.values():
+            stream.deliver(Failed(grpc.StatusCode.UNAVAILABLE, reason))
 
     def end_refused(self) -> None:
         """End the streams of peers that may not use this cloud any more."""
@@ -160,7 +110,7 @@ class RuntimeService:
             except ProtocolError as error:
                 del self._sessions[session.id]
                 self._engine.close(session)
-                stream.events.put_nowait(Failed(error.code, str(error)))
+                stream.deliver(Failed(error.code, str(error)))
 
     def tuning(self) -> dict[str, Any]:
         """What sizes of chunks depend on in this cloud, as GET /v1/devices gives it (docs/operations.md)."""
@@ -202,18 +152,17 @@ class RuntimeService:
         self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context
     ) -> AsyncIterator[pb.CloudMessage]:
         """See runtime.proto. Ends without status only when the device has closed its side."""
-        stream = _Stream(self._served.limits)
+        stream = Stream(self._served.limits)
         session: Session | None = None
         reader: asyncio.Task[None] | None = None
         code = grpc.StatusCode.CANCELLED
         try:
             session = await self._open(requests, context, stream)
             reader = asyncio.create_task(self._read(requests, session, stream))
-            yield self._opened(session)
             while (event := await stream.events.get()) is not None:
                 if isinstance(event, Failed):
                     raise ProtocolError(event.text, event.code, event.retry_after_s)
-                for message in self._messages(event, stream):
+                for message in self._messages(event, session, stream):
                     yield message
                 if isinstance(event, StepDone):
                     stream.answered(event)
@@ -233,12 +182,23 @@ class RuntimeService:
             self._metrics.ended.labels(code.name).inc()
             if reader is not None:
                 reader.cancel()
-            if session is not None:
-                self._sessions.pop(session.id, None)
-                self._engine.close(session)
+            stream.ended()
+            if session is not None and not stream.fenced:
+                self._part(session, stream, code)
+
+    def _part(self, session: Session, stream: Stream, code: grpc.StatusCode) -> None:
+        """A session's stream has ended: keep the session where the device may come back, and free it otherwise."""
+        known = self._sessions.pop(session.id, None) is not None
+        lost = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK) and not stream.closed
+        if known and lost and stream.resumable and not self._draining and self._broken is None:
+            log.info("session %s lost its stream", session.id[:8])
+            self._engine.lose(session)
+            self._lost.keep(session, stream.peer)
+        else:
+            self._engine.close(session)
 
     async def _open(
-        self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: _Stream
+        self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: Stream
     ) -> Session:
         message = await anext(aiter(requests), None)
         if message is None or message.WhichOneof("message") != "open":
@@ -250,46 +210,54 @@ class RuntimeService:
         stream.peer = peer_of(opening, context)
         self._access.check(stream.peer)
         self._check_handshake(opening)
+        stream.codecs = codecs_of(opening)
+        stream.resumable = opening.resumable and self._lost.ttl_s > 0
+        if opening.HasField("resume"):
+            return self._resume(opening.resume.session_id, stream)
         self._make_room()
         session = Session(
             id=secrets.token_hex(16),
             max_tokens=opening.max_tokens or self._served.limits.max_tokens,
-            deliver=stream.events.put_nowait,
+            deliver=stream.deliver,
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
-        stream.codecs = _codecs(opening)
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
+        stream.deliver(Ready(0))
         log.info("session %s opened", session.id[:8])
         return session
 
+    def _resume(self, session_id: str, stream: Stream) -> Session:
+        """Give a session to another stream of the peer that opened it; the old one may write no more.
+
+        Raises:
+            ProtocolError: there is no such session, or not of this peer, or there are too many.
+        """
+        session = self._lost.of(session_id, stream.peer)
+        if session is not None:
+            self._make_room()
+            self._lost.release(session)
+        elif (held := self._sessions.get(session_id)) and held[1].resumable and held[1].peer == stream.peer:
+            session = held[0]
+            held[1].fence()
+        else:
+            unknown = unknown_session(session_id)
+            raise ProtocolError(unknown.text, unknown.code)
+        self._sessions[session.id] = (session, stream)
+        self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
+        self._engine.take_over(session, stream.deliver)
+        log.info("session %s resumed", session.id[:8])
+        return session
+
     def _check_handshake(self, opening: pb.Open) -> None:
-        identity, mismatch = self._served.identity, grpc.StatusCode.FAILED_PRECONDITION
+        if self._broken is not None:
+            raise ProtocolError(self._broken, grpc.StatusCode.UNAVAILABLE)
         if not self._engine.alive:
             raise ProtocolError("the engine failed; see the cloud's log", grpc.StatusCode.UNAVAILABLE)
         if self._draining:
             raise ProtocolError("this replica is going away", grpc.StatusCode.UNAVAILABLE, RETRY_OVERLOADED_S)
-        if opening.HasField("resume"):
-            text = f"session {opening.resume.session_id!r} is unknown: it ended with its stream"
-            raise ProtocolError(text, grpc.StatusCode.NOT_FOUND)
-        for field, device, cloud in (
-            ("mode", opening.mode or "hat", self._served.mode or "hat"),
-            ("model_revision", opening.model_revision, identity.model_revision),
-            ("layers", f"{opening.lo}:{opening.hi}", f"{identity.lo}:{identity.hi}"),
-            ("dtype", opening.dtype, identity.dtype),
-        ):
-            if device != cloud:
-                raise ProtocolError(
-                    f"{field} {device!r} of the device is not the cloud's {cloud!r}", mismatch
-                )
-        codecs = _codecs(opening)
-        for field, name in (("codec", codecs.prompt), ("decode_codec", codecs.decode)):
-            if name not in self._served.codecs:
-                raise ProtocolError(f"{field} {name!r} is none of {', '.join(self._served.codecs)}", mismatch)
-        if opening.max_tokens > self._served.limits.max_tokens:
-            text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
-            raise ProtocolError(text)
+        check_fits(opening, self._served)
 
     def _make_room(self) -> None:
         """Under the limit of sessions, if need be by ending the one that is idle longest."""
@@ -304,16 +272,16 @@ class RuntimeService:
             raise ProtocolError(text, grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_OVERLOADED_S)
         session, stream = min(idle, key=lambda pair: pair[0].last_active)
         del self._sessions[session.id]
-        stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
+        stream.deliver(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
 
-    def _row_bytes(self, stream: _Stream) -> float:
+    def _row_bytes(self, stream: Stream) -> float:
         if self._served.mode:
             return 0.0
         identity = self._served.identity
         prompt = codec.codec_named(stream.codecs.prompt)
         return prompt.row_bytes(identity.hidden_size, codec.DTYPES[identity.dtype])
 
-    def _messages(self, event: Any, stream: _Stream) -> Any:
+    def _messages(self, event: Any, session: Session, stream: Stream) -> Any:
         if isinstance(event, StepDone):
             work = event.work
             if work.want is Want.ALL and not event.stale:
@@ -332,21 +300,24 @@ class RuntimeService:
             return (decoded_message(event),)
         if isinstance(event, Evicted):
             return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
+        if isinstance(event, Ready):
+            return (self._opened(session, event.committed, stream),)
         return (event,)
 
-    def _opened(self, session: Session) -> pb.CloudMessage:
+    def _opened(self, session: Session, committed: int, stream: Stream) -> pb.CloudMessage:
         return pb.CloudMessage(
             opened=pb.Opened(
                 session_id=session.id,
-                committed=0,
+                committed=committed,
                 limits=self._served.limits,
                 cost=cost_hints(self._engine.cost.fit(), self._engine.prompt_rows),
                 protocol_minor=PROTOCOL[1],
+                resume_ms=round(self._lost.ttl_s * 1000) if stream.resumable else 0,
             )
         )
 
     async def _read(
-        self, requests: AsyncIterator[pb.DeviceMessage | None], session: Session, stream: _Stream
+        self, requests: AsyncIterator[pb.DeviceMessage | None], session: Session, stream: Stream
     ) -> None:
         """Feed the engine until the device closes its side or breaks the protocol."""
         assembler = self._assembler(stream)
@@ -361,11 +332,16 @@ class RuntimeService:
                     self._devices.heard(stream.peer.device)
                     if (work := assembler.feed(message.step)) is not None:
                         await stream.admit(work.n)
+                        if stream.fenced:
+                            return
                         self._engine.submit(session, work)
                 elif kind == "telemetry":
                     assert message is not None
                     self._observe(message.telemetry)
                     self._devices.heard(stream.peer.device, message.telemetry)
+                elif kind == "close":
+                    stream.close()
+                    return
                 elif kind == "open":
                     raise ProtocolError("a second Open on one stream", grpc.StatusCode.FAILED_PRECONDITION)
                 elif message is None:
@@ -373,9 +349,9 @@ class RuntimeService:
                 # Anything else is from a later minor version and may be ignored.
             stream.half_close()
         except ProtocolError as error:
-            stream.events.put_nowait(Failed(error.code, str(error), error.retry_after_s))
+            stream.deliver(Failed(error.code, str(error), error.retry_after_s))
 
-    def _assembler(self, stream: _Stream) -> StepAssembler | TokenAssembler:
+    def _assembler(self, stream: Stream) -> StepAssembler | TokenAssembler:
         served = self._served
         if served.mode:
             return TokenAssembler(served.vocab_size, served.limits)
@@ -409,11 +385,6 @@ class RuntimeService:
         return data
 
 
-def _codecs(opening: pb.Open) -> codec.CodecChoice:
-    """What a device wants its rows encoded in; one of before 1.2 names one codec for all of them."""
-    return codec.CodecChoice(opening.codec, opening.decode_codec or opening.codec)
-
-
 def make_server(service: RuntimeService) -> grpc.aio.Server:
     """A gRPC server with the runtime service and the limits that both sides agree on."""
     server = grpc.aio.server(
@@ -422,6 +393,11 @@ def make_server(service: RuntimeService) -> grpc.aio.Server:
             ("grpc.max_send_message_length", frames.MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # a busy port must be an error
             ("grpc.keepalive_permit_without_calls", 1),
+            # A device that went without a word: its session must be lost in time to be kept, and then freed.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),  # else gRPC waits a minute, whatever is above
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.max_ping_strikes", 0),
         )

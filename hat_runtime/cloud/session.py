@@ -106,7 +106,19 @@ class Failed:
     retry_after_s: float | None = None
 
 
-Event = StepDone | Evicted | Failed | Decoded
+@dataclass(frozen=True)
+class Ready:
+    """The session is open, or was taken over, with so many tokens in its KV cache. Its stream's first event."""
+
+    committed: int
+
+
+Event = StepDone | Evicted | Failed | Decoded | Ready
+
+
+def unknown_session(session_id: str) -> Failed:
+    """What a resume gets that finds no session, or one of another peer: both alike, so that nobody can tell."""
+    return Failed(grpc.StatusCode.NOT_FOUND, f"session {session_id!r} is unknown, or is kept no longer")
 
 
 @dataclass(eq=False)
@@ -116,7 +128,7 @@ class Session:
     id: str
     max_tokens: int
     deliver: Callable[[Event], None]
-    """Takes the session's events; called on the event loop's thread."""
+    """Takes the session's events; called on the event loop's thread. Another one after a resume."""
     sequence: PagedSequence = field(default_factory=PagedSequence)
     queue: deque[StepWork] = field(default_factory=deque)
     epoch: int = 0
@@ -132,8 +144,17 @@ class Session:
     """From an answer to the device's next Step, moving average; None before the first."""
     last_active: float = 0.0
     """Monotonic seconds of the last arrival or answer."""
+    lost: float | None = None
+    """Monotonic seconds when its stream was lost; None while it has one."""
     tokens: TokenState = field(default_factory=TokenState)
     """Token mode only."""
+
+    def part(self) -> None:
+        """Its stream is gone, or another one takes over: what was under way is of no effect, and epochs begin anew."""
+        self.queue.clear()
+        self.epoch, self.answered = 0, 0.0
+        self.starved = self.lost_pages = False
+        self.tokens = TokenState()
 
     def note_return(self, work: StepWork) -> None:
         """A Step has arrived: learn how long the device takes from an answer to the next Step of the same text.

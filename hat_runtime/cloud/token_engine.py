@@ -154,7 +154,7 @@ class TokenEngine(Engine):
         tokens, state, end = _tokens(work), session.tokens, work.start_pos + work.n
         if tokens.own:
             session.queue.popleft()
-            self._events.append((session, Decoded(work.epoch, end, [state.known[-1]])))
+            self._tell(session, Decoded(work.epoch, end, [state.known[-1]]))
             self._go_ahead(session)
             return
         if work.want is Want.NONE:

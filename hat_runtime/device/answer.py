@@ -19,6 +19,7 @@ from hat_runtime.device.drafting.base import DraftState
 from hat_runtime.device.jobs import Turn
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.policy import DraftPolicy
+from hat_runtime.device.recovery import OPENING_FOR_S, Recovery, RecoveryConfig
 from hat_runtime.device.request import GenerationRequest
 from hat_runtime.device.session import CloudSession
 from hat_runtime.device.steps import ALL, LAST, NONE, StepResult, Want
@@ -27,9 +28,6 @@ from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HatError
 from hat_runtime.model.pages import PagedSequence
 
 T = TypeVar("T")
-
-_SETTLE_S = 0.05
-"""From the end of a session to the next one: for a moment gRPC opens streams on the connection that broke."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,11 @@ class Answer:
         link: CloudLink,
         conversations: ConversationStore,
         *,
-        open_session: Callable[[], CloudSession],
+        open_session: Callable[[CloudSession | None], CloudSession],
         policy: DraftPolicy,
         chunk_at: Callable[[int, int], int],
         max_evictions: int,
+        recovery: RecoveryConfig | None = None,
     ) -> None:
         """Prepare; `begin` gets a session.
 
@@ -72,10 +71,11 @@ class Answer:
             model: the device's submodels.
             link: the connection to the cloud.
             conversations: idle sessions, to reuse or to make room.
-            open_session: opens a new session for this request.
+            open_session: opens a session for this request: a new one, or in place of one whose stream was lost.
             policy: how to draft.
             chunk_at: tokens of the next Step of an upload, at least 1, from (tokens that went before, all tokens).
             max_evictions: uploads that the cloud may throw away before the request fails.
+            recovery: how persistent to be when the cloud is lost.
         """
         self.request = request
         self.conversation: Conversation | None = None
@@ -86,6 +86,8 @@ class Answer:
         self._policy = policy
         self._chunk_at = chunk_at
         self._max_evictions = max_evictions
+        self._persistence = recovery or RecoveryConfig()
+        self._recovery = Recovery(open_session, link.metrics)
         self._spec = Speculation(PagedSequence(), DraftState(), request.sampling)
         self._in_flight: deque[_Round] = deque()
         self._sent_end = 0  # position after the last row that was sent
@@ -106,13 +108,18 @@ class Answer:
         reused = await self._conversations.take(request.prompt_ids)
         if reused is None:
             self.conversation = Conversation(
-                self._open_session(), tokens=list(request.prompt_ids), drafting=self._model.open_drafting()
+                self._open_session(None),
+                tokens=list(request.prompt_ids),
+                drafting=self._model.open_drafting(),
             )
         else:
             self.conversation, request.stats.cached_tokens = reused
             self._fresh = False
             session = self.conversation.session
             self._bytes_before = (session.uplink_bytes, session.downlink_bytes)
+            if session.error is not None:  # lost just now
+                await self._reopen(session.error)
+                request.stats.cached_tokens = min(request.stats.cached_tokens, self.conversation.held)
         self._spec = Speculation(
             self.conversation.sequence,
             self.conversation.drafting,
@@ -379,23 +386,50 @@ class Answer:
                 retry_after_s=1.0,
             )
 
-    async def _reopen(self, error: CloudUnavailable) -> None:
-        """Replace a session that the cloud ended, where a new one can do better; raise the error otherwise."""
-        overloaded, was_open = isinstance(error, CloudOverloaded), bool(self.current.session.session_id)
-        if overloaded and was_open:  # the work was accepted once, so it is worth waiting for
+    async def _reopen(self, error: HatError) -> None:
+        """Replace a session that has ended, where another one can do better; raise the error otherwise."""
+        if isinstance(error, CloudOverloaded):
+            await self._reopen_when_there_is_room(error)
+        elif isinstance(error, CloudUnavailable):
+            await self._recover(error)
+        else:
+            raise error
+
+    async def _reopen_when_there_is_room(self, error: CloudOverloaded) -> None:
+        if self.current.session.session_id:  # the work was accepted once, so it is worth waiting for
             wait_s = (error.retry_after_s or 1.0) * random.uniform(0.5, 1.5)
-        elif (
-            overloaded and self._conversations.evict_one()
-        ):  # our own idle sessions may be what fills the cloud
+        elif self._conversations.evict_one():  # our own idle sessions may be what fills the cloud
             wait_s = 0.05
-        elif not overloaded and not self._fresh and not self.request.stats.rounds:  # ended while it was idle
-            wait_s = _SETTLE_S
         else:
             raise error
         self._count_eviction()
         await asyncio.sleep(wait_s)
+        self._take_session(self._open_session(None))
+
+    async def _recover(self, error: CloudUnavailable) -> None:
+        """Reach the cloud again: with the session where it still has it, else with a new one.
+
+        Raises:
+            HatError: it cannot be reached in time, does not take us back, or was lost too often.
+        """
+        stats, persistence, lost = self.request.stats, self._persistence, self.current.session
+        if stats.resumes >= persistence.max_recoveries:
+            raise CloudUnavailable(
+                f"{error}; it was lost {stats.resumes + 1} times during this request, which is too often"
+            ) from error
+        begun = stats.rounds or lost.session_id
+        patience_s = persistence.reconnect_for_s
+        if not patience_s:
+            raise error
+        session, _ = await self._recovery.replace(
+            lost, patience_s if begun else min(patience_s, OPENING_FOR_S)
+        )
+        stats.resumes += 1
+        self._take_session(session)
+
+    def _take_session(self, session: CloudSession) -> None:
         self._count_bytes()
-        self.current.session = self._open_session()
+        self.current.session = session
         self._fresh, self._bytes_before = True, (0, 0)
 
     def _count_bytes(self) -> None:

@@ -16,8 +16,8 @@ from hat_runtime.wire.frames import MAX_MESSAGE_BYTES
 
 
 class _Channel:
-    def __init__(self, address: str, material: Material | None) -> None:
-        options = _options(address)
+    def __init__(self, address: str, material: Material | None, keepalive_s: float) -> None:
+        options = _options(address, keepalive_s)
         self.material = material
         self.users = 0
         self.retired = False
@@ -50,13 +50,20 @@ class Lease:
 class Channels:
     """Connects lazily. For the event loop that made it."""
 
-    def __init__(self, address: str, folder: TlsFolder | None) -> None:
-        """To the cloud at `address` ("HOST:PORT"), with the certificates of `folder`; None: without TLS."""
+    def __init__(self, address: str, folder: TlsFolder | None, keepalive_s: float) -> None:
+        """To the cloud at `address` ("HOST:PORT"), with the certificates of `folder`; None: without TLS.
+
+        After `keepalive_s` seconds without a sign of life a connection is tried with a ping.
+        """
         self._address = address
         self._folder = folder
-        self._newest = _Channel(address, self.material)
+        self._keepalive_s = keepalive_s
+        self._newest = self._channel(self.material)
         self._retired: list[_Channel] = []
         self._closing: set[asyncio.Task[None]] = set()
+
+    def _channel(self, material: Material | None) -> _Channel:
+        return _Channel(self._address, material, self._keepalive_s)
 
     @property
     def newest(self) -> Material | None:
@@ -78,7 +85,7 @@ class Channels:
         material = self.material
         if material != self._newest.material:
             self._retired.append(self._newest)
-            self._newest = _Channel(self._address, material)
+            self._newest = self._channel(material)
             self.drop_unused()
         return Lease(self, self._newest)
 
@@ -105,18 +112,22 @@ class Channels:
         await asyncio.gather(*(one.channel.close() for one in channels), *self._closing)
 
 
-def _options(address: str) -> list[tuple[str, int]]:
+def _options(address: str, keepalive_s: float) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # NAT boxes forget idle connections; the server accepts a ping every 10 s.
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(keepalive_s * 500)),
+        # Else gRPC waits a minute for a ping's answer, whatever is above.
+        ("grpc.http2.ping_timeout_ms", round(keepalive_s * 500)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # After an outage the next request should find the cloud soon, not after gRPC's two minutes.
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # Longest wait for one connection to be made: what does not answer may be there again at the next try.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         # A connection of its own for each channel: with another certificate, another connection.
         ("grpc.use_local_subchannel_pool", 1),
     ]

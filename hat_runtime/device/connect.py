@@ -56,7 +56,8 @@ async def connect(
         UsageError: there is no such drafter.
     """
     compute = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    link = CloudLink(cloud, metrics, tls=tls)
+    config = config or GeneratorConfig()
+    link = CloudLink(cloud, metrics, tls=tls, keepalive_s=config.recovery.keepalive_s)
     try:
         description = await link.describe()
         manifest = await asyncio.to_thread(identity, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from itertools import count
 from hat_runtime.device.chain import common_prefix
 from hat_runtime.device.drafting.base import DraftState
 from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.device.recovery import Recovery
 from hat_runtime.device.session import CloudSession
 from hat_runtime.device.submodels import DeviceModel
+from hat_runtime.errors import HatError
 from hat_runtime.model.pages import PagedSequence
 
 _DRAIN_S = 5.0
@@ -66,14 +69,30 @@ class Conversation:
 class ConversationStore:
     """Idle conversations, the least recently used first; bounded."""
 
-    def __init__(self, model: DeviceModel, metrics: DeviceMetrics, *, max_idle: int, min_reuse: int) -> None:
-        """Keep at most `max_idle` conversations, and reuse one from `min_reuse` common tokens on."""
+    def __init__(
+        self,
+        model: DeviceModel,
+        metrics: DeviceMetrics,
+        *,
+        max_idle: int,
+        min_reuse: int,
+        recovery: Recovery,
+        patience_s: float,
+    ) -> None:
+        """Keep at most `max_idle` conversations, and reuse one from `min_reuse` common tokens on.
+
+        One whose connection is lost is got back by `recovery`, within `patience_s`; 0: it is dropped.
+        """
         self._model = model
         self._metrics = metrics
         self._max_idle = max_idle
         self._min_reuse = min_reuse
         self._idle: OrderedDict[int, Conversation] = OrderedDict()
         self._ids = count()
+        self._recovery = recovery
+        self._patience_s = patience_s
+        self._returning: dict[int, asyncio.Task[None]] = {}
+        # By key: idle conversations whose sessions are lost, on their way back to the cloud.
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -92,16 +111,18 @@ class ConversationStore:
             shared = {
                 key: common_prefix(prompt[:-1], conversation.tokens[: conversation.held])
                 for key, conversation in self._idle.items()
-                if conversation.session.alive and not conversation.session.draining
+                if key in self._returning or conversation.session.alive
             }
             # Keys grow, so among equals the most recent wins.
             best = max(((length, key) for key, length in shared.items()), default=(0, 0))
             if best[0] < self._min_reuse:
                 return None
-            conversation = self._idle.pop(best[1])
-            self._metrics.sessions_idle.set(len(self._idle))
+            if (returning := self._returning.get(best[1])) is not None:
+                await asyncio.wait((returning,))
+                continue
+            conversation = self._remove(best[1])
             # A cancelled request may have left a Step under way; its Result settles what the cloud holds.
-            if await conversation.session.drained(_DRAIN_S):
+            if await conversation.session.drained(_DRAIN_S) or conversation.session.may_resume:
                 start = common_prefix(prompt[:-1], conversation.tokens[: conversation.held])
                 conversation.continue_with(prompt, start)
                 return conversation, start
@@ -109,8 +130,11 @@ class ConversationStore:
 
     def put(self, conversation: Conversation) -> None:
         """Keep a conversation for its next turn, and drop the least recently used beyond the bound."""
-        if conversation.session.alive and not conversation.session.draining:
-            self._idle[next(self._ids)] = conversation
+        session = conversation.session
+        if (session.alive or (session.may_resume and self._patience_s)) and not session.draining:
+            key = next(self._ids)
+            self._idle[key] = conversation
+            self._watch(key, conversation)
         else:
             self.discard(conversation)
         while len(self._idle) > self._max_idle:
@@ -121,15 +145,46 @@ class ConversationStore:
         """Drop the least recently used idle conversation; False if there is none."""
         if not self._idle:
             return False
-        _, conversation = self._idle.popitem(last=False)
-        self.discard(conversation)
-        self._metrics.sessions_idle.set(len(self._idle))
+        self.discard(self._remove(next(iter(self._idle))))
         return True
 
     def discard(self, conversation: Conversation) -> None:
         """End a conversation on both sides."""
         conversation.session.close()
         self._model.release(conversation.sequence, conversation.drafting)
+
+    def _remove(self, key: int) -> Conversation:
+        conversation = self._idle.pop(key)
+        conversation.session.on_end = conversation.session.on_drain = None
+        if (returning := self._returning.pop(key, None)) is not None:
+            returning.cancel()
+        self._metrics.sessions_idle.set(len(self._idle))
+        return conversation
+
+    def _watch(self, key: int, conversation: Conversation) -> None:
+        """Get the session back when its connection is lost; drop the conversation where that cannot be."""
+
+        def lost() -> None:
+            if conversation.session.may_resume and self._patience_s:
+                self._returning[key] = asyncio.create_task(self._return(key, conversation))
+            else:
+                self.discard(self._remove(key))
+
+        conversation.session.on_end = lambda _: lost()
+        conversation.session.on_drain = lambda: self.discard(self._remove(key))
+        if not conversation.session.alive:
+            lost()
+
+    async def _return(self, key: int, conversation: Conversation) -> None:
+        try:
+            session, _ = await self._recovery.replace(conversation.session, self._patience_s, anew=False)
+        except HatError:
+            del self._returning[key]
+            self.discard(self._remove(key))
+        else:
+            del self._returning[key]
+            conversation.session = session
+            self._watch(key, conversation)
 
     def clear(self) -> None:
         """Drop all idle conversations."""

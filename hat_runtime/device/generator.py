@@ -21,6 +21,7 @@ from hat_runtime.device.kinds import kinds_of
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.policy import DraftConfig, DraftPolicy
 from hat_runtime.device.recent import RecentAnswers
+from hat_runtime.device.recovery import Recovery, RecoveryConfig
 from hat_runtime.device.request import (
     CANCELLED,
     ERROR,
@@ -51,6 +52,8 @@ class GeneratorConfig:
     """Common tokens from which on an open session is reused."""
     max_evictions: int = 8
     """Uploads of one request that the cloud may throw away before the request fails."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What to do when the cloud is lost."""
     tenant: str = ""
     drafting: DraftConfig = field(default_factory=DraftConfig)
     """How tokens are drafted, where the model has a drafter."""
@@ -80,6 +83,8 @@ class Generator:
             self.metrics,
             max_idle=self.config.max_idle_conversations,
             min_reuse=self.config.min_reuse_tokens,
+            recovery=Recovery(self._open_session, self.metrics),
+            patience_s=self.config.recovery.reconnect_for_s,
         )
 
     @property
@@ -214,10 +219,11 @@ class Generator:
             self.model,
             self.link,
             self.conversations,
-            open_session=lambda: self._open_session(request),
+            open_session=lambda resume: self._open_session(resume, request.request_id),
             policy=self.policy,
             chunk_at=chunk_at,
             max_evictions=self.config.max_evictions,
+            recovery=self.config.recovery,
         )
 
     def _chunk_tokens(self, request: GenerationRequest, start: int, total: int, *, first: bool) -> int:
@@ -232,12 +238,13 @@ class Generator:
         self.metrics.chunk_size.set(chunk)
         return chunk
 
-    def _open_session(self, request: GenerationRequest) -> CloudSession:
+    def _open_session(self, resume: CloudSession | None, request_id: str = "") -> CloudSession:
         return self.link.open_session(
             self.binding,
-            request_id=request.request_id,
+            request_id=request_id,
             tenant=self.config.tenant,
             device_name=self.config.device_name,
+            resume=resume,
         )
 
     def _begin(self, stats: GenerationStats) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 from prometheus_client import CollectorRegistry
 
-from hat_runtime.device.channels import Channels, Lease
+from hat_runtime.device.channels import Channels
 from hat_runtime.device.estimates import Acceptance, CloudView
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.refusals import explain
@@ -22,8 +23,9 @@ from hat_runtime.wire.codec import RAW, codec_named, dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 3
+PROTOCOL_MINOR = 4
 TELEMETRY_EVERY_S = 5.0
+KEEPALIVE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class CloudLink(CloudView):
         *,
         timeout_s: float = 10.0,
         tls: TlsFolder | None = None,
+        keepalive_s: float = KEEPALIVE_S,
     ) -> None:
         """Connect lazily: the first call does it.
 
@@ -52,6 +55,8 @@ class CloudLink(CloudView):
             metrics: where bytes and round-trip times are counted.
             timeout_s: longest wait for Describe and for a session to open.
             tls: certificates; None: without TLS.
+            keepalive_s: from the last sign of life to a ping; half as long without an answer, and the connection is
+                given up.
         """
         super().__init__()
         self.address = address
@@ -61,11 +66,14 @@ class CloudLink(CloudView):
         self.retry_at_s = 0.0
         """time.monotonic() before which the cloud asked not to be bothered (Notice RETRY)."""
         self.sessions: set[CloudSession] = set()
+        self.parting: set[CloudSession] = set()
+        """Sessions that the cloud was told to end and that wait for its word."""
         self.limits = pb.Limits()
         """The cloud's limits as of the last Describe."""
+        self.cloud_minor = 0
+        """The cloud's minor protocol version as of the last Describe."""
         self._telemetry_at_s = 0.0
-        self.channels = Channels(address, tls)
-        self._leases: dict[CloudSession, Lease] = {}
+        self.channels = Channels(address, tls, keepalive_s)
 
     async def describe(self, *, padding: int = 0, reply_padding: int = 0) -> pb.DescribeReply:
         """What the cloud serves.
@@ -89,13 +97,21 @@ class CloudLink(CloudView):
                 f"the cloud at {self.address} speaks protocol {reply.protocol_major}.{reply.protocol_minor}, this "
                 f"device {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}: install the same major version of HAT on both sides"
             )
-        self.limits = reply.limits
+        self.limits, self.cloud_minor = reply.limits, reply.protocol_minor
         return reply
 
     def open_session(
-        self, binding: Binding, *, request_id: str = "", tenant: str = "", device_name: str = ""
+        self,
+        binding: Binding,
+        *,
+        request_id: str = "",
+        tenant: str = "",
+        device_name: str = "",
+        resume: CloudSession | None = None,
     ) -> CloudSession:
         """Open a generation session, without waiting for the cloud's consent: see `CloudSession.opened`.
+
+        `resume` is a session whose stream was lost: the new one takes its place, and `opened` has to be waited for.
 
         What goes wrong later ends the session: CloudUnavailable (not reachable, or full, and then `retry_after_s`
         says when to try again) or HandshakeError (another model, split, dtype or codec).
@@ -109,7 +125,7 @@ class CloudLink(CloudView):
         metadata = (("x-request-id", request_id),) if request_id else None
         lease = self.channels.lease()
         session = CloudSession(self, lease.stub.Session(metadata=metadata), binding)
-        self._leases[session] = lease
+        session.when_over(lease.release)
         self.sessions.add(session)
         message = pb.Open(
             model_revision=binding.model_revision,
@@ -123,8 +139,11 @@ class CloudLink(CloudView):
             protocol_minor=PROTOCOL_MINOR,
             device=device_name,
             mode=binding.mode,
+            resumable=True,
         )
-        session.open(message, self.limits, self.timeout_s)
+        if resume is not None:
+            message.resume.session_id = resume.session_id
+        session.open(message, self.limits, self.timeout_s, resume)
         return session
 
     def row_s(self, binding: Binding) -> float:
@@ -215,15 +234,22 @@ class CloudLink(CloudView):
     def forget(self, session: CloudSession) -> None:
         """A session has ended (called by the session)."""
         self.sessions.discard(session)
-        if (lease := self._leases.pop(session, None)) is not None:
-            lease.release()
 
     def explain(self, error: grpc.aio.AioRpcError) -> HatError:
         """A failed call to this cloud in words."""
         return explain(error, self.address, self.channels.material)
 
+    def part(self, session: CloudSession) -> None:
+        """The cloud is being told that a session is over (called by the session)."""
+        self.parting.add(session)
+
+    def parted(self, session: CloudSession) -> None:
+        """A session's stream is over (called by the session)."""
+        self.parting.discard(session)
+
     async def close(self) -> None:
         """End all sessions and the connection."""
         for session in list(self.sessions):
             session.close()
+        await asyncio.gather(*(session.parted() for session in self.parting))
         await self.channels.close()

@@ -69,6 +69,15 @@ class DeviceMetrics:
         self.evictions = Counter(
             "hat_session_evictions", "Times the cloud gave a session's KV cache to others.", registry=registry
         )
+        self.session_resumes = Counter(
+            "hat_session_resumes",
+            "Sessions that went on after the cloud was lost, by cause: connection (the cloud still had the session), "
+            "session (it was gone: uploaded again) or drain (the replica went away: uploaded to another one).",
+            ["cause"],
+            registry=registry,
+        )
+        for cause in ("connection", "session", "drain"):
+            self.session_resumes.labels(cause)
         self.time_to_first_token = Histogram(
             "hat_time_to_first_token_seconds",
             "From the start of a request to its first token.",

@@ -20,6 +20,14 @@ class DeviceForbidden(HatError):
     """The cloud knows who this device is, and does not let it in."""
 
 
+class SessionEnded(CloudUnavailable):
+    """The cloud ended the session and holds nothing of it."""
+
+
+class SessionUnknown(SessionEnded):
+    """The cloud does not know the session that was to be resumed."""
+
+
 def explain(error: grpc.aio.AioRpcError, address: str, material: Material | None = None) -> HatError:
     """The HatError for a failed call to the cloud at `address`, made with these certificates; None: without TLS."""
     code, details = error.code(), error.details() or "no details"
@@ -38,7 +46,12 @@ def explain(error: grpc.aio.AioRpcError, address: str, material: Material | None
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return CloudOverloaded(f"the cloud at {address} is full: {details}", _retry_after_s(error))
-    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED):
+    if code is grpc.StatusCode.NOT_FOUND:
+        return SessionUnknown(f"the cloud at {address} does not have the session any more: {details}")
+    if code is grpc.StatusCode.ABORTED:
+        text = f"the cloud at {address} ended the session: {details}"
+        return SessionEnded(text, _retry_after_s(error))
+    if code is grpc.StatusCode.CANCELLED or (code is grpc.StatusCode.UNKNOWN and "Stream removed" in details):
         return CloudUnavailable(f"the cloud at {address} ended the session: {details}", _retry_after_s(error))
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return HandshakeError(f"{address} does not speak HAT's session protocol ({details})")

@@ -61,6 +61,8 @@ class GenerationStats:
     cloud_compute_s: float = 0.0
     """Sum over the Steps, in the cloud's own clock. Steps that shared a pass count it each."""
     cloud_queue_s: float = 0.0
+    resumes: int = 0
+    """Times that the cloud was lost and the answer went on."""
     evictions: int = 0
     """Times that the cloud gave the KV cache or the session away and the device uploaded again."""
 

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import torch
 
-from hat_runtime.device.refusals import CloudRefused
+from hat_runtime.device.refusals import CloudRefused, SessionEnded
 from hat_runtime.device.steps import ALL, Binding, Step, StepResult, Want
 from hat_runtime.device.token_steps import NO_ROWS, TokenStep, held_after
-from hat_runtime.errors import CloudUnavailable, HatError
+from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HatError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec
 
 if TYPE_CHECKING:
     from hat_runtime.device.link import CloudLink
 
-ALTERNATIVES_SINCE = 3
-"""Minor protocol version."""
+ALTERNATIVES_SINCE, CLOSE_SINCE = 3, 4
+"""Minor protocol versions."""
+PARTING_S = 5.0
+"""Longest wait for the cloud to end a stream that this device wants no more of."""
 
 
 class CloudSession:
@@ -46,6 +48,12 @@ class CloudSession:
         """The cloud announced that it goes away: open no further request on this session."""
         self.error: HatError | None = None
         """Why the session ended; None while it lives."""
+        self.resume_s = 0.0
+        """How long the cloud keeps the session after its stream was lost; 0: not at all, or not known yet."""
+        self._lost_s = 0.0  # time.monotonic() when it was lost
+        self._resumes: CloudSession | None = None
+        self._closed = False  # by this device
+        self._parting: asyncio.TimerHandle | None = None
         self.uplink_bytes = 0
         self.downlink_bytes = 0
         self._call = call
@@ -57,6 +65,8 @@ class CloudSession:
         """Takes what the cloud decodes by itself (mode picospec)."""
         self.on_evicted: Callable[[], None] | None = None
         """Is told that the cloud gave the KV cache away, also when no Step waits for a Result."""
+        self.on_drain: Callable[[], None] | None = None
+        """Is told that the replica goes away."""
         self.on_end: Callable[[HatError], None] | None = None
         """Is told why the session ended, also when no Step waits for a Result."""
         self._wake_writer = asyncio.Event()
@@ -75,12 +85,28 @@ class CloudSession:
         """Whether Steps may be submitted."""
         return self.error is None
 
-    def open(self, message: pb.Open, limits: pb.Limits, timeout_s: float) -> None:
+    @property
+    def may_resume(self) -> bool:
+        """The stream is lost, but the cloud may still have the session."""
+        lost = isinstance(self.error, CloudUnavailable) and not isinstance(
+            self.error, SessionEnded | CloudOverloaded
+        )
+        return (
+            lost
+            and not self._closed
+            and not self.draining
+            and time.monotonic() - self._lost_s < self.resume_s
+        )
+
+    def open(
+        self, message: pb.Open, limits: pb.Limits, timeout_s: float, resumes: CloudSession | None = None
+    ) -> None:
         """Queue Open. Steps may follow at once, under the limits that Describe announced: no round trip is lost.
 
-        If the cloud refuses, or does not answer in time, the session ends and `error` says why.
+        If the cloud refuses, or does not answer in time, the session ends and `error` says why. A session that
+        `resumes` another one may have Steps only after `opened`: before, nobody knows what the cloud holds.
         """
-        self.limits = limits
+        self.limits, self._resumes = limits, resumes
         self._extra.append(pb.DeviceMessage(open=message))
         self._wake_writer.set()
         timeout = CloudUnavailable(
@@ -203,10 +229,32 @@ class CloudSession:
         self._wake_writer.set()
 
     def close(self, error: HatError | None = None) -> None:
-        """End the stream; the cloud frees what the session held. Futures that wait get the error."""
-        self._end_with(error or CloudUnavailable("the session was closed by this device"))
-        self._reader.cancel()
-        self._call.cancel()
+        """End the session; the cloud frees what it held. Futures that wait get the error.
+
+        A stream that just ended would be one that was lost, so the cloud is told, and ends it. Nobody waits for that.
+        """
+        if self.error is not None:
+            return
+        self._closed = True
+        told = self.link.cloud_minor >= CLOSE_SINCE or self.resume_s > 0
+        self._end_with(error or CloudUnavailable("the session was closed by this device"), parting=told)
+        if not told:
+            self._reader.cancel()
+            self._call.cancel()
+            return
+        self._extra.clear()
+        self._extra.append(pb.DeviceMessage(close=pb.Close()))
+        self._wake_writer.set()
+        self.link.part(self)
+        self._parting = asyncio.get_running_loop().call_later(PARTING_S, self._call.cancel)
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Have `then` called when nothing is read from the stream any more."""
+        self._reader.add_done_callback(lambda _: then())
+
+    async def parted(self) -> None:
+        """Wait until the stream of a session that was closed is over."""
+        await asyncio.wait((self._reader,))
 
     # Writing
 
@@ -221,6 +269,8 @@ class CloudSession:
                         continue
                     for message in self._unsent.popleft().messages(self.limits.max_frame_bytes):
                         await self._write(message)
+                        if self.error is not None:
+                            break
                 self._wake_writer.clear()
                 await self._wake_writer.wait()
         except (grpc.aio.AioRpcError, grpc.aio.InternalError):
@@ -245,17 +295,24 @@ class CloudSession:
                 size = message.ByteSize()
                 self.downlink_bytes += size
                 self.link.metrics.downlink_bytes.inc(size)
-                self._receive(message)
+                try:
+                    self._receive(message)
+                except CloudRefused as error:
+                    self.close(error)  # and read on to the end of the stream
             self._end_with(CloudUnavailable(f"the cloud at {self.link.address} closed the session"))
         except grpc.aio.AioRpcError as error:
             self._end_with(self.link.explain(error))
-        except CloudRefused as error:
-            self.close(error)
         finally:
             # grpc.aio raises CancelledError also for a stream that the other side cancelled.
             self._end_with(CloudUnavailable(f"the cloud at {self.link.address} cancelled the session"))
+            self._writer.cancel()
+            if self._parting is not None:
+                self._parting.cancel()
+            self.link.parted(self)
 
     def _receive(self, message: pb.CloudMessage) -> None:
+        if self.error is not None:
+            return  # closed; what the cloud had under way is of no interest
         kind = message.WhichOneof("message")
         if kind == "result":
             self._receive_result(message.result)
@@ -267,6 +324,10 @@ class CloudSession:
             self.limits = opened.limits
             self.link.cloud_cost = opened.cost
             self.takes_alternatives = opened.protocol_minor >= ALTERNATIVES_SINCE
+            self.resume_s = opened.resume_ms / 1000
+            if self._resumes is not None:
+                # Neither more than the cloud has, nor more than is sure to be what was sent last.
+                self.committed = self._end = min(opened.committed, self._resumes.committed)
             if not self._opened.done():
                 self._opened.set_result(None)
 
@@ -333,6 +394,8 @@ class CloudSession:
                 self.on_evicted()
         elif kind == "drain":
             self.draining = True
+            if self.on_drain is not None:
+                self.on_drain()
         elif kind == "decoded" and self.on_decoded is not None:
             self.on_decoded(notice.decoded)
         elif kind == "retry":
@@ -348,10 +411,10 @@ class CloudSession:
                 step.future.set_result(StepResult(True, step.start, step.n))
         self._answered.set()
 
-    def _end_with(self, error: HatError) -> None:
+    def _end_with(self, error: HatError, *, parting: bool = False) -> None:
         if self.error is not None:
             return
-        self.error = error
+        self.error, self._lost_s = error, time.monotonic()
         self._unsent.clear()
         waiting: list[asyncio.Future[Any]] = [self._opened, *(step.future for step in self._unanswered)]
         for future in waiting:
@@ -360,7 +423,8 @@ class CloudSession:
                 future.exception()  # whoever waits gets it; nobody waiting is no mistake
         self._unanswered.clear()
         self._answered.set()
-        self._writer.cancel()
+        if not parting:
+            self._writer.cancel()
         self.link.forget(self)
         if self.on_end is not None:
             self.on_end(error)

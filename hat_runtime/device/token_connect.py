@@ -62,7 +62,8 @@ async def connect_tokens(
         HandshakeError: the cloud is of the other mode, or its vocabulary is not the draft model's.
         ModelError: a folder cannot be used.
     """
-    link = CloudLink(cloud, metrics, tls=tls)
+    config = config or GeneratorConfig()
+    link = CloudLink(cloud, metrics, tls=tls, keepalive_s=config.recovery.keepalive_s)
     try:
         description = await link.describe()
         binding = await asyncio.to_thread(bind_tokens, folder, draft_folder, description, cloud)

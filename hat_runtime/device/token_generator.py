@@ -81,10 +81,11 @@ class TokenGenerator(Generator):
             self.model,
             self.link,
             self.conversations,
-            open_session=lambda: self._open_session(request),
+            open_session=lambda resume: self._open_session(resume, request.request_id),
             policy=self.policy,
             chunk_at=lambda start, total: 1,  # ids are not cut into chunks: the cloud's passes are
             max_evictions=self.config.max_evictions,
+            recovery=self.config.recovery,
             speculation=self.speculation,
             pace=self.pace,
             calibration=self.calibration,

@@ -118,7 +118,7 @@ class TokenUplink(Answer):
         session.on_decoded = self._decoded_in_turn
         session.on_end, session.on_evicted = self._ended, self._evicted
         self._drafted = min(conversation.shallow, self.settled - 1) if self._era == 0 else self._drafted
-        self._restart(min(conversation.held, self.settled - 1) if reused else 0)
+        self._restart(min(conversation.held, self.settled - 1) if reused else session.committed)
 
     def _restart(self, start: int) -> None:
         """Send the text again from a settled position on."""
@@ -298,8 +298,6 @@ class TokenUplink(Answer):
             self._wake.set()
 
     async def _replace_session(self, error: HatError) -> None:
-        if not isinstance(error, CloudUnavailable):
-            raise error
         await self._reopen(error)
         self._lost = None
         self._attach(reused=False)

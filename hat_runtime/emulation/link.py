@@ -1,8 +1,8 @@
 """The emulated link in a process of its own: a busy Python process would disturb its timing.
 
 `python -m hat_runtime.emulation.link` is that process. It prints one line when it listens, obeys one command a line
-on standard input ("link RATE,RTT", "cut", "stall SECONDS", "stats") with one line of answer, and ends when its
-standard input ends: no link outlives whoever started it.
+on standard input ("link RATE,RTT", "cut", "outage SECONDS", "freeze", "drop SHARE", "stall SECONDS", "stats") with one
+line of answer, and ends when its standard input ends: no link outlives whoever started it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ class EmulatedLink:
     def cut(self) -> None:
         """Reset all connections; new ones are accepted."""
         self._ask("cut")
+
+    def outage(self, seconds: float) -> None:
+        """Reset all connections, and for this long each new one."""
+        self._ask(f"outage {seconds}")
+
+    def freeze(self) -> None:
+        """Leave all connections half-open: they carry nothing any more, and neither end is told. New ones work."""
+        self._ask("freeze")
+
+    def drop(self, share: float) -> None:
+        """From now on reset this share of the connections, drawn by chance, every 100 ms; 0: none."""
+        self._ask(f"drop {share}")
 
     def stall(self, seconds: float) -> None:
         """Let nothing through for this long."""
@@ -127,6 +139,12 @@ def _obey(proxy: LinkProxy, command: str) -> dict[str, Any]:
         proxy.set_link(LinkSpec.parse(argument))
     elif name == "cut":
         proxy.cut()
+    elif name == "outage":
+        proxy.outage(float(argument))
+    elif name == "freeze":
+        proxy.freeze()
+    elif name == "drop":
+        proxy.drop(float(argument))
     elif name == "stall":
         proxy.stall(float(argument))
     elif name == "stats":

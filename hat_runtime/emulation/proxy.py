@@ -88,6 +88,9 @@ class LinkProxy:
         self._connections: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         self._acceptor: asyncio.Task[None] | None = None
+        self._frozen: set[asyncio.Task[None]] = set()
+        self._down_until = 0.0
+        self._dropping: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> str:
         """Listen; returns "HOST:PORT" with the real port.
@@ -122,6 +125,30 @@ class LinkProxy:
         for task in self._connections:
             task.cancel()
 
+    def outage(self, seconds: float) -> None:
+        """Reset all connections, and for this long each new one."""
+        self._down_until = asyncio.get_running_loop().time() + seconds
+        self.cut()
+
+    def freeze(self) -> None:
+        """Leave all connections half-open: nothing comes through any more, and neither end is told. New ones work."""
+        for task in self._connections - self._frozen:
+            self._frozen.add(task)
+            task.cancel()
+
+    def drop(self, share: float, seed: int = 0) -> None:
+        """From now on reset this share of the connections, drawn by chance, every 100 ms; 0: none."""
+        if self._dropping is not None:
+            self._dropping.cancel()
+        self._dropping = asyncio.create_task(self._drop(share, random.Random(seed))) if share else None
+
+    async def _drop(self, share: float, chance: random.Random) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            for task in self._connections:
+                if chance.random() < share:
+                    task.cancel()
+
     def stall(self, seconds: float) -> None:
         """Let nothing through in either direction for this long; connections stay open."""
         until = asyncio.get_running_loop().time() + seconds
@@ -129,6 +156,7 @@ class LinkProxy:
 
     async def close(self) -> None:
         """Stop listening and reset all connections."""
+        self.drop(0)
         self.cut()
         tasks = list(self._connections)
         if self._acceptor is not None:
@@ -148,12 +176,15 @@ class LinkProxy:
             task = asyncio.create_task(self._carry(client))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
+            task.add_done_callback(self._frozen.discard)
 
     async def _carry(self, client: socket.socket) -> None:
         """One connection, until both sides have closed their half or one has gone."""
         loop = asyncio.get_running_loop()
         server: socket.socket | None = None
         try:
+            if loop.time() < self._down_until:
+                raise ConnectionResetError
             host, port = self._upstream
             family, _, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
             server = socket.socket(family, socket.SOCK_STREAM)
@@ -166,6 +197,9 @@ class LinkProxy:
                 both.create_task(_pump(client, server, self.up))
                 both.create_task(_pump(server, client, self.down))
         except (OSError, ExceptionGroup, asyncio.CancelledError):
+            if asyncio.current_task() in self._frozen:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()  # until it is cut
             # Refused, reset or cut: both ends learn it at once, by a reset.
             for end in filter(None, (client, server)):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -74,6 +74,8 @@ class Cloud:
     gpus: int
     resources: Resources
     max_sessions: int
+    resume_ttl_s: int | None
+    """None: the runtime's own."""
     image: str
     expose: Expose
     template: Template
@@ -270,6 +272,7 @@ def _cloud(cloud: Fields) -> Cloud:
         gpus=cloud.sub("accelerator").number("count"),
         resources=_resources(cloud.optional("resources")),
         max_sessions=cloud.number("maxSessions"),
+        resume_ttl_s=cloud.number("resumeTtlSeconds") if cloud.has("resumeTtlSeconds") else None,
         image=cloud.text("image"),
         expose=Expose(
             expose.text("type"), expose.text("host"), expose.number("port"), expose.number("nodePort")

@@ -203,10 +203,12 @@ def _cloud() -> list[Panel]:
         graph(
             "Evictions and KV cache",
             "Times that the cloud gave a session's KV cache to others: the device then sends its text again (right). "
+            "Times that a session went on after the cloud was lost (right). "
             "Share of the device's own KV pages in use (left).",
             "percentunit",
             Query(f"max by ({_BY}) (hat_kv_cache_usage_ratio{{{DEVICE}}})", f"{_NAME} KV"),
             Query(_sum("hat_session_evictions_total"), f"{_NAME} evictions", right=True),
+            Query(_sum("hat_session_resumes_total"), f"{_NAME} resumes", right=True),
             right_unit="cps",
         ),
     ]

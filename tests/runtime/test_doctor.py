@@ -24,6 +24,7 @@ async def test_a_pair_that_fits(tiny_llama: Path) -> None:
     assert {"reachable", "protocol", "version", "round trip", "rate", "page budget"} <= findings.keys()
     assert {"weights_id", "model_revision", "layers", "dtype"} <= findings.keys()
     assert "2:6" in findings["layers"].text
+    assert findings["session"].text == "opens; kept for 60 s after a lost connection"
 
 
 async def test_another_model_and_dtype_are_named(tiny_llama: Path, other_llama: Path) -> None:

@@ -134,6 +134,7 @@ def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
             "uplink_bytes": sum(stats.uplink_bytes for stats in all_stats),
             "downlink_bytes": sum(stats.downlink_bytes for stats in all_stats),
             "rounds": sum(stats.rounds for stats in all_stats),
+            "resumes": sum(stats.resumes for stats in all_stats),
             "draft_tokens": sum(stats.draft_tokens for stats in all_stats),
             "accepted_tokens": sum(stats.accepted_tokens for stats in all_stats),
             "alternatives": sum(stats.alternatives for stats in all_stats),

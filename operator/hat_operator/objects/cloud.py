@@ -58,6 +58,7 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     args += ["--mode", "picospec"] if layers is None else ["--input-layers", str(layers)]
     args += ["--listen", f"0.0.0.0:{names.GRPC_PORT}", "--http-listen", f"0.0.0.0:{names.HTTP_PORT}"]
     args += ["--dtype", hat.spec.model.dtype, "--max-sessions", str(cloud.max_sessions)]
+    args += [] if cloud.resume_ttl_s is None else ["--resume-ttl", str(cloud.resume_ttl_s)]
     args += ["--device", "cuda" if cloud.gpus else "cpu"]
     proposes = adaptive(hat.spec.mode, hat.spec.chunking)
     args += ["--policy-file", policy_map.FILE] if proposes else []

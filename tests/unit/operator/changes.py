@@ -39,6 +39,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "cloud.resources.requests": ({"cpu": "3"}, {}),
     "cloud.resources.limits": ({"cpu": "3"}, {}),
     "cloud.maxSessions": (5, {}),
+    "cloud.resumeTtlSeconds": (5, {}),
     "cloud.image": ("mine:1", {}),
     "cloud.expose.type": ("LoadBalancer", {}),
     "cloud.expose.host": ("h", {}),

@@ -18,13 +18,17 @@ def test_command_line_is_one_that_hat_understands() -> None:
     wanted = hat(
         model={"source": HUB, "dtype": "float32"},
         split={"inputLayers": 5},
-        cloud={"maxSessions": 7},
+        cloud={"maxSessions": 7, "resumeTtlSeconds": 5},
         observability={"logLevel": "debug"},
     )
     container = main(deployment(wanted))
     assert container["command"] == ["hat"]
     args = build_parser().parse_args(container["args"])
     assert (args.model, args.input_layers, args.dtype, args.max_sessions) == ("/model/part", 5, "float32", 7)
+    assert args.resume_ttl == 5
+    assert (
+        "--resume-ttl" not in main(deployment(hat()))["args"]
+    )  # no pod restarts for a field that nobody set
     assert (args.listen, args.http_listen, args.device) == ("0.0.0.0:7070", "0.0.0.0:7071", "cpu")
     assert (args.log_format, args.log_level) == ("json", "debug")
 

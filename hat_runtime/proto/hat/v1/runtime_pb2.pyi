@@ -260,28 +260,53 @@ class DeviceMessage(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     TELEMETRY_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___Open: ...
     @_builtins.property
     def step(self) -> Global___Step: ...
     @_builtins.property
     def telemetry(self) -> Global___Telemetry: ...
+    @_builtins.property
+    def close(self) -> Global___Close:
+        """Since 1.4."""
+
     def __init__(
         self,
         *,
         open: Global___Open | None = ...,
         step: Global___Step | None = ...,
         telemetry: Global___Telemetry | None = ...,
+        close: Global___Close | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "open", b"open", "step", b"step", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "message", b"message", "open", b"open", "step", b"step", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "open", b"open", "step", b"step", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "message", b"message", "open", b"open", "step", b"step", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "step", "telemetry"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "step", "telemetry", "close"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___DeviceMessage: _TypeAlias = DeviceMessage  # noqa: Y015
+
+@_typing.final
+class Close(_message.Message):
+    """The device wants no more of the session: the cloud frees it and ends the stream, whatever Steps are unanswered. Ends a
+    resumable session, which a stream that just ends does not.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Close: _TypeAlias = Close  # noqa: Y015
 
 @_typing.final
 class Open(_message.Message):
@@ -299,6 +324,7 @@ class Open(_message.Message):
     PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DECODE_CODEC_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Must equal the cloud's; a mismatch is FAILED_PRECONDITION before any compute."""
@@ -320,11 +346,17 @@ class Open(_message.Message):
     """
     decode_codec: _builtins.str
     """How all other rows are encoded. Empty: as the prompt's. Since 1.2."""
+    resumable: _builtins.bool
+    """The device may come back: when the stream is lost, the cloud keeps the session for Opened.resume_ms. Since 1.4."""
     mode: _builtins.str
     """As DescribeReply.mode; a mismatch is FAILED_PRECONDITION. Since 1.2."""
     @_builtins.property
     def resume(self) -> Global___Resume:
-        """Takes over the session of a lost stream. No cloud of this version keeps one: NOT_FOUND."""
+        """Takes over a session that was opened with `resumable`, of a lost stream or of one that only seems to live: from then on
+        only this stream may write. Steps that come from the other are of no effect, and it ends with ABORTED. NOT_FOUND for
+        a session that the cloud does not know (any more), or that another peer opened: the device opens a new one and
+        uploads again. The device waits for Opened before it sends Steps; their epochs begin anew.
+        """
 
     def __init__(
         self,
@@ -341,11 +373,12 @@ class Open(_message.Message):
         protocol_minor: _builtins.int = ...,
         device: _builtins.str = ...,
         decode_codec: _builtins.str = ...,
+        resumable: _builtins.bool = ...,
         mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,14 +643,21 @@ class Opened(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
+    RESUME_MS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """128 random bits, in hexadecimal."""
     committed: _builtins.int
-    """Tokens in the session's KV cache: 0 for a new session."""
+    """Tokens in the session's KV cache: 0 for a new session. After a resume they are those of the last Steps that ran. The
+    device knows which of its Steps may have been the last, and starts no higher than all of these allow.
+    """
     replica: _builtins.str
     """Address of the replica that holds the session, where it is known."""
     protocol_minor: _builtins.int
     """Minor protocol version of the cloud that holds the session; 0 before 1.3."""
+    resume_ms: _builtins.int
+    """How long the session is kept after its stream was lost; 0: not at all. Its KV cache may go earlier: `committed` then
+    says so. Since 1.4.
+    """
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     @_builtins.property
@@ -631,10 +671,11 @@ class Opened(_message.Message):
         cost: Global___CostHints | None = ...,
         replica: _builtins.str = ...,
         protocol_minor: _builtins.int = ...,
+        resume_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "cost", b"cost", "limits", b"limits", "protocol_minor", b"protocol_minor", "replica", b"replica", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "cost", b"cost", "limits", b"limits", "protocol_minor", b"protocol_minor", "replica", b"replica", "resume_ms", b"resume_ms", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -879,7 +920,9 @@ Global___Evicted: _TypeAlias = Evicted  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):
-    """This replica goes away after deadline_ms."""
+    """This replica goes away after deadline_ms, and opens no session any more. Running answers may go on until then; on
+    another connection, to another replica, the device opens a new session and uploads again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -58,7 +58,7 @@ class RuntimeServicer:
 
     def Session(self, request_iterator, context):
         """One generation session. The first message is Open; the cloud answers Opened, then one Result per Step, in order.
-        The session ends with the stream.
+        The session ends with the stream, unless Open.resumable asks for more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
