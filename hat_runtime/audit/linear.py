@@ -41,7 +41,7 @@ class StateModel:
         gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
         weights = torch.linalg.solve(gram, chosen.T @ states)
         metric = _metric(states - chosen @ weights, states)
-        centres = inputs @ weights @ metric
+        centres = inputs @ (weights @ metric)
         return cls(metric, centres, centres.square().sum(-1) / 2)
 
     def ranked(self, states: torch.Tensor, count: int) -> torch.Tensor:

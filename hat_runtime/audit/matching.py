@@ -41,7 +41,9 @@ class StateModels:
         self._first_ids = torch.randint(
             subject.vocab_size, (max(1024, 4 * subject.hidden_size),), generator=generator
         )
-        blocks = [candidates(subject, PagedSequence(), None, 0, part) for part in self._first_ids.split(BLOCK)]
+        blocks = [
+            candidates(subject, PagedSequence(), None, 0, part) for part in self._first_ids.split(BLOCK)
+        ]
         self._first_states = torch.cat(blocks)
 
     def fit(self, codec: RowCodec) -> tuple[StateModel, StateModel]:
@@ -95,7 +97,10 @@ class VocabularyMatcher:
     def _likely(self, seen: torch.Tensor) -> torch.Tensor:
         assert self._models is not None
         first, others = self._models
-        parts = [model.ranked(rows.float(), self._shortlist) for model, rows in ((first, seen[:1]), (others, seen[1:]))]
+        parts = [
+            model.ranked(rows.float(), self._shortlist)
+            for model, rows in ((first, seen[:1]), (others, seen[1:]))
+        ]
         return torch.cat(parts)
 
     def _search(self, sequence: PagedSequence, prefix: list[int], state: torch.Tensor) -> tuple[int, bool]:

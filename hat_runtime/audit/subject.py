@@ -68,7 +68,9 @@ class Subject:
         """
         layers = num_layers(folder)
         if not 0 < input_layers < layers:
-            raise UsageError(f"--input-layers {input_layers}: {folder} has {layers} layers, write 1 to {layers - 1}")
+            raise UsageError(
+                f"--input-layers {input_layers}: {folder} has {layers} layers, write 1 to {layers - 1}"
+            )
         return cls(
             load_device_ends(folder, dtype),
             load_decoder_slice(folder, LayerRange(0, input_layers), dtype),

@@ -27,8 +27,8 @@ what the attacker has (--knowledge):
   weights     all weights: tries tokens until the state is the one seen. This is the cloud's operator
   head        final norm and head: reads answers from deep states
 
-Prompts are JSON lines, as for `hat generate`; only the user's own tokens count, not the chat template's. A table with the
-share of the tokens recovered, and of the texts recovered whole, goes to standard output.
+Prompts are JSON lines, as for `hat generate`; only the user's own tokens count, not the chat template's. A table
+with the share of the tokens recovered, and of the texts recovered whole, goes to standard output.
 
 example:
   hat audit inversion --model ./smollm2 --codec all
@@ -37,7 +37,9 @@ example:
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="audits", metavar="AUDIT", required=True)
-    inversion = kinds.add_parser("inversion", help="how much of a text hidden states give away", description=_TEXT)
+    inversion = kinds.add_parser(
+        "inversion", help="how much of a text hidden states give away", description=_TEXT
+    )
     inversion.formatter_class = argparse.RawDescriptionHelpFormatter
     _configure_inversion(inversion)
     inversion.set_defaults(run=_run)
@@ -92,7 +94,9 @@ def _configure_inversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answer-tokens", type=int, default=16, metavar="N", help="of each answer (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of answers and random tokens (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of answers and random tokens (default %(default)s)"
+    )
     add_dtype(parser, "float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, with seconds a token")
 
@@ -133,7 +137,9 @@ def measured(
 
     texts = read_prompts(args.prompts or DEFAULT_PROMPTS, None)
     encoder = PromptEncoder(load_tokenizer(args.model))
-    short = [pair for pair in (encode(text, encoder) for text in texts) if len(pair[0]) <= args.max_prompt_tokens]
+    short = [
+        pair for pair in (encode(text, encoder) for text in texts) if len(pair[0]) <= args.max_prompt_tokens
+    ]
     prompts = short[: args.limit]
     if not prompts:
         raise UsageError(
@@ -166,7 +172,9 @@ def _names(value: str, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
 def _counts(value: str) -> tuple[int, ...]:
     counts = tuple(int(part) if part.isdigit() else 0 for part in value.split(","))
     if min(counts) < 2:
-        raise UsageError(f"--pair-counts {value!r}: write whole numbers of 2 or more, with commas between them")
+        raise UsageError(
+            f"--pair-counts {value!r}: write whole numbers of 2 or more, with commas between them"
+        )
     return counts
 
 

@@ -15,7 +15,13 @@ from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
 from hat_runtime.cloud import tokens
-from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
+from hat_runtime.cloud.assembly import (
+    ProtocolError,
+    StepAssembler,
+    check_padding,
+    cost_hints,
+    result_frames,
+)
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.load import Load
@@ -31,7 +37,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 3)
+PROTOCOL = (1, 4)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -68,6 +74,8 @@ class _Stream:
         """Who is at the other end."""
         self.codecs = codec.RAW_ONLY
         """How its Steps are encoded."""
+        self.pad_rows = 0
+        """As Open.pad_results."""
         self._limits = limits
         self._steps = 0
         self._tokens = 0
@@ -241,6 +249,7 @@ class RuntimeService:
         self._sessions[session.id] = (session, stream)
         stream.peer = peer_of(opening, context)
         stream.codecs = _codecs(opening)
+        stream.pad_rows = opening.pad_results
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
         log.info("session %s opened", session.id[:8])
@@ -272,6 +281,7 @@ class RuntimeService:
         if opening.max_tokens > self._served.limits.max_tokens:
             text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
             raise ProtocolError(text)
+        check_padding(opening, self._served.limits, self._served.mode)
 
     def _make_room(self) -> None:
         """Under the limit of sessions, if need be by ending the one that is idle longest."""
@@ -309,6 +319,7 @@ class RuntimeService:
                 verdict,
                 cost_hints(self._engine.cost.fit(), self._engine.prompt_rows) if of_prompt else None,
                 chunk,
+                stream.pad_rows,
             )
         if isinstance(event, Decoded):
             return (decoded_message(event),)

@@ -21,7 +21,7 @@ from hat_runtime.wire.codec import RAW, codec_named, dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 3
+PROTOCOL_MINOR = 4
 TELEMETRY_EVERY_S = 5.0
 
 
@@ -113,6 +113,7 @@ class CloudLink(CloudView):
             protocol_minor=PROTOCOL_MINOR,
             device=device_name,
             mode=binding.mode,
+            pad_results=0 if binding.padding is None else binding.padding.round_rows,
         )
         session.open(message, self.limits, self.timeout_s)
         return session
@@ -123,6 +124,8 @@ class CloudLink(CloudView):
         The way down is taken to be as fast as the way up, for it is not measured.
         """
         rate = self.estimate.uplink_bytes_per_s
+        if binding.padding is not None:
+            return 0.0  # a round has one size, however many rows are in it
         both = (binding.encoding(True), codec_named(RAW))  # Results are raw
         size = sum(codec.row_bytes(binding.hidden_size, binding.dtype) for codec in both)
         return size / rate if rate else 0.0
