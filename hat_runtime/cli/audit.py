@@ -102,16 +102,7 @@ def _configure_inversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Check the options, audit, print."""
-    names = {
-        "codecs": _names(args.codec, "--codec", CODECS),
-        "knowledge": _names(args.knowledge, "--knowledge", ATTACKERS),
-    }
-    counts = _counts(args.pair_counts)
-    for option in ("limit", "max_prompt_tokens", "answer_tokens"):
-        check_positive(getattr(args, option), f"--{option.replace('_', '-')}")
-    with ProgressBar() as progress:
-        table, figures = measured(args, names, counts, progress)
+    table, figures = run_inversion(args)
     print(table)
     if args.json is not None:
         try:
@@ -121,10 +112,26 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measured(
+def run_inversion(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """Check the options and audit: the Markdown tables, and the figures for JSON.
+
+    Raises:
+        UsageError: names the option and echoes the value.
+    """
+    names = {
+        "codecs": _names(args.codec, "--codec", CODECS),
+        "knowledge": _names(args.knowledge, "--knowledge", ATTACKERS),
+    }
+    counts = _counts(args.pair_counts)
+    for option in ("limit", "max_prompt_tokens", "answer_tokens"):
+        check_positive(getattr(args, option), f"--{option.replace('_', '-')}")
+    with ProgressBar() as progress:
+        return _measured(args, names, counts, progress)
+
+
+def _measured(
     args: argparse.Namespace, names: dict[str, tuple[str, ...]], pair_counts: tuple[int, ...], progress: Any
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The Markdown tables, and the figures for JSON."""
     import torch
 
     from hat_runtime.audit.inversion import Inversion, InversionOptions

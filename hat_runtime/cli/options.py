@@ -39,8 +39,8 @@ def add_pad_frames(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pad-frames",
         action="store_true",
-        help="fill frames up to fixed sizes both ways, so that their sizes do not tell who watches the network how many "
-        "tokens were drafted; costs bytes: docs/benchmarks/padding.md",
+        help="fill frames up to fixed sizes both ways, so that their sizes do not tell who watches the network "
+        "how many tokens were drafted; costs bytes: docs/benchmarks/padding.md",
     )
 
 

@@ -72,6 +72,8 @@ class Cloud:
 
     replicas: int
     gpus: int
+    runtime_class: str
+    """"" for the cluster's own."""
     resources: Resources
     max_sessions: int
     image: str
@@ -242,6 +244,7 @@ def _cloud(cloud: Fields) -> Cloud:
     return Cloud(
         replicas=cloud.number("replicas"),
         gpus=cloud.sub("accelerator").number("count"),
+        runtime_class=cloud.text("runtimeClassName"),
         resources=_resources(cloud.optional("resources")),
         max_sessions=cloud.number("maxSessions"),
         image=cloud.text("image"),

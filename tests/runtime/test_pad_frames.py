@@ -1,4 +1,4 @@
-"""`--pad-frames`: what an observer of the network sees of a real device and a real cloud, and that answers stay the same."""
+"""`--pad-frames`: what who watches the network sees of a real device and cloud, and that answers stay the same."""
 
 from __future__ import annotations
 
