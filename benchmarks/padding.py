@@ -222,14 +222,14 @@ def row(name: str, traces: Sequence[Trace]) -> list[str]:
 
 ABOUT = f"""\
 What sizes of messages tell whoever watches the network of an answer, TLS or not, and what `--pad-frames` costs. Each
-prompt of `tests/data/prompts.jsonl` is answered several times at temperature {TEMPERATURE} with the default drafter, one
-round in flight. The observer knows direction and size of each message, in order. In brackets: guessing without looking.
+prompt of `tests/data/prompts.jsonl` is answered several times at temperature {TEMPERATURE} with the default drafter,
+one round in flight. The observer knows direction and size of each message, in order. In brackets: guessing without looking.
 *drafts*, *accepted*: how many a round had, guessed from the sizes of its Step, of its Result and of the next Step, and
 the mutual information, less what chance gives. *prompt*: which of the prompts it was, by the nearest other answer.
 
-What padding does not hide: how many rounds there are and when (with them, roughly, how much was accepted in all, and the
-answer's length), how many units of 64 tokens a prompt has, and that somebody asks at all. A round of every size costs as
-much as the largest, so lower `--max-draft` and `--alternatives` where bytes are dear."""
+What padding does not hide: how many rounds there are and when (with them, roughly, how much was accepted in all, and
+the answer's length), how many units of 64 tokens a prompt has, and that somebody asks at all. A round of every size costs
+as much as the largest, so lower `--max-draft` and `--alternatives` where bytes are dear."""
 
 
 def main() -> int:

@@ -130,8 +130,8 @@ def main() -> int:
             f"How well a tenant tells by its waiting times whether another tenant has just sent the same {PREFIX} "
             "rows: AUC, 0.5 is not at all, 1 is always. Goal: 0.5 +- 0.05 for HAT, and that the same test finds a "
             "cache of prefixes that tenants share, which is built for this test only. Medians of wall times over "
-            "loopback, without a link that would hide differences. In CI the same is counted in rows that the cloud computes "
-            "(`tests/runtime/test_tenant_isolation.py`)."
+            "loopback, without a link that would hide differences. In CI the same is counted in rows that the cloud "
+            "computes (`tests/runtime/test_tenant_isolation.py`)."
         )
         (REPORTS / "prefix_timing.md").write_text(report("Another tenant's prefix", text, about, body))
     ok = abs(found["HAT"] - 0.5) <= GOAL and found["prefixes shared on purpose"] > 0.5 + GOAL
