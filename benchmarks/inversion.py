@@ -38,7 +38,7 @@ final norm and head. A sampled answer is not the likeliest one, but its tokens a
 which *weights* reads."""
 SHORT_ABOUT = """\
 The same on three prompts of the audit's own, with the texts of `tests/data/prompts.jsonl` for pairs. CI repeats it and
-fails where a figure is more than 5 percent away:"""
+fails where a figure is more than 5 percent away (the last row, of few tokens that a rounding may change: 25):"""
 
 
 def audit(options: list[str]) -> str:

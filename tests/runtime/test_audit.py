@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/benchmarks/inversion.md"
 SHORT = ["--limit", "3", "--answer-tokens", "6", "--pair-counts", "1000"]
 """The short form: seconds, and the same figures in every run."""
-TOLERANCE = 5.0
-"""Percent: another processor rounds differently, so a token or two of a probe or a sampled answer may differ."""
+TOLERANCE, OF_SAMPLED = 5.0, 25.0
+"""Percent: another processor rounds differently, so that a token or two of a probe may differ, and from one token on a
+sampled answer."""
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,9 @@ def test_states_of_another_text_are_not_read_as_this_one(tiny_llama: Path) -> No
 
 def test_every_attacker_is_tried_on_every_codec(tiny_llama: Path) -> None:
     model = subject(tiny_llama)
-    prompts = [(ids, slice(2, 10)) for ids in texts(3, 12, model.vocab_size)]
-    options = InversionOptions(CODECS, KNOWLEDGE, pair_counts=(300, 3000), answer_tokens=8)
-    figures = Inversion(model, options, prompts).run()
+    own, prompts = texts(503, 12, model.vocab_size)[3:], texts(3, 12, model.vocab_size)
+    options = InversionOptions(CODECS, KNOWLEDGE, pair_counts=(100, 6000), answer_tokens=8)
+    figures = Inversion(model, options, [(ids, slice(2, 10)) for ids in prompts], own).run()
     found = {(figure.knowledge, figure.detail, figure.codec): figure for figure in figures}
     assert len(found) == len(figures) == (1 + 2 + 2 + 2) * len(CODECS)
     for figure in figures:
@@ -155,7 +156,8 @@ def test_the_documented_table_is_what_is_measured(tmp_path: Path, capsys: pytest
     documented = percentages(short)
     assert measured.keys() == documented.keys()
     for attack, shares in measured.items():
-        assert shares == pytest.approx(documented[attack], abs=TOLERANCE), attack
+        allowed = OF_SAMPLED if attack[0] == "head" and "sampled" in attack[1] else TOLERANCE
+        assert shares == pytest.approx(documented[attack], abs=allowed), attack
     by_weights = [row for row in json.loads(figures.read_text()) if row["knowledge"] == "weights"]
     assert {row["codec"] for row in by_weights} == set(CODECS)
     assert all(row["share"] >= 0.98 for row in by_weights)
