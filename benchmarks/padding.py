@@ -130,8 +130,8 @@ async def measure(folder: Path, pad: bool, alternatives: int | None, args: argpa
     prompts = read_prompts(ROOT / "tests" / "data" / "prompts.jsonl", args.limit)
     config = GeneratorConfig(
         max_idle_conversations=0,
-        # One round in flight: otherwise it is not plain which Step a count belongs to.
-        drafting=DraftConfig(window=1, alternatives=alternatives, adaptive=False),
+        # One round in flight, nothing drafted meanwhile: otherwise it is not plain which Step a count belongs to.
+        drafting=DraftConfig(window=1, branches=0, alternatives=alternatives, adaptive=False),
         pad_frames=pad,
     )
     cloud_config = CloudConfig(
@@ -222,14 +222,15 @@ def row(name: str, traces: Sequence[Trace]) -> list[str]:
 
 ABOUT = f"""\
 What sizes of messages tell whoever watches the network of an answer, TLS or not, and what `--pad-frames` costs. Each
-prompt of `tests/data/prompts.jsonl` is answered several times at temperature {TEMPERATURE} with the default drafter,
-one round in flight. The observer knows direction and size of each message, in order. In brackets: guessing without looking.
+prompt of `tests/data/prompts.jsonl` is answered several times at temperature {TEMPERATURE} with the default
+drafter, one round in flight and nothing drafted meanwhile, so that it is plain what a round had. The observer knows
+direction and size of each message, in order. In brackets: guessing without looking.
 *drafts*, *accepted*: how many a round had, guessed from the sizes of its Step, of its Result and of the next Step, and
 the mutual information, less what chance gives. *prompt*: which of the prompts it was, by the nearest other answer.
 
 What padding does not hide: how many rounds there are and when (with them, roughly, how much was accepted in all, and
-the answer's length), how many units of 64 tokens a prompt has, and that somebody asks at all. A round of every size costs
-as much as the largest, so lower `--max-draft` and `--alternatives` where bytes are dear."""
+the answer's length), how many units of 64 tokens a prompt has, and that somebody asks at all. A round of every size
+costs as much as the largest, so lower `--max-draft` and `--alternatives` where bytes are dear."""
 
 
 def main() -> int:
