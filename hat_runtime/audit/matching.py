@@ -41,9 +41,9 @@ class StateModels:
         self._first_ids = torch.randint(
             subject.vocab_size, (max(1024, 4 * subject.hidden_size),), generator=generator
         )
-        blocks = [
-            candidates(subject, PagedSequence(), None, 0, part) for part in self._first_ids.split(BLOCK)
-        ]
+        start = PagedSequence()
+        blocks = [candidates(subject, start, None, 0, part) for part in self._first_ids.split(BLOCK)]
+        subject.shallow.cache.release(start)
         self._first_states = torch.cat(blocks)
 
     def fit(self, codec: RowCodec) -> tuple[StateModel, StateModel]:
