@@ -24,7 +24,7 @@ PAGE = REPORTS / "inversion.md"
 SHORT_FORM = "## Short form"
 SHORT = ["--limit", "3", "--answer-tokens", "6", "--pair-counts", "1000"]
 """As tests/runtime/test_audit.py has it."""
-LONG = ["--limit", "12", "--max-prompt-tokens", "200", "--pair-counts", "1000,10000,100000"]
+LONG = ["--limit", "8", "--max-prompt-tokens", "96", "--pair-counts", "1000,10000,100000"]
 ABOUT = """\
 What those who see hidden states recover of the text, by what else they have. **With the model's weights, hidden states
 are the text**, through every codec: HAT does not transmit text and token ids, and that is all that it keeps from a

@@ -31,7 +31,7 @@ from hat_runtime.model.split import LayerRange
 from hat_runtime.wire.codec import DTYPES
 
 INPUT_LAYERS = 3
-PREFIX = 64
+PREFIX = 24
 GOAL = 0.05
 KINDS: dict[str, type[CountingRunner]] = {"HAT": CountingRunner, "prefixes shared on purpose": SharingRunner}
 
