@@ -64,7 +64,7 @@ class Probe:
     @classmethod
     def fit(cls, ids: torch.Tensor, states: torch.Tensor) -> Probe:
         """Means and a shared covariance of pairs: ids int64 [n], states float32 [n, hidden_size], n >= 1."""
-        seen, which = ids.unique(return_inverse=True)
+        seen, which = torch.unique(ids, return_inverse=True)
         counts = torch.bincount(which).float()
         means = torch.zeros(len(seen), states.shape[1]).index_add_(0, which, states) / counts[:, None]
         metric = _metric(states - means[which], states)
@@ -95,4 +95,5 @@ def _metric(scatter: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     floor = 1e-6 * own.mean().clamp(min=1e-6)  # states that are all the same have no scatter at all
     covariance += torch.diag(SHRINKAGE * (diagonal + own)) + floor * torch.eye(dimensions)
     # torch's triangular factor L of the inverse: |L^T x|^2 = x^T covariance^-1 x.
-    return torch.linalg.cholesky(torch.linalg.inv(covariance.double())).float()
+    root: torch.Tensor = torch.linalg.cholesky(torch.linalg.inv(covariance.double()))
+    return root.float()

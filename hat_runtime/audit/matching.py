@@ -42,7 +42,7 @@ class StateModels:
             subject.vocab_size, (max(1024, 4 * subject.hidden_size),), generator=generator
         )
         start = PagedSequence()
-        blocks = [candidates(subject, start, None, 0, part) for part in self._first_ids.split(BLOCK)]
+        blocks = [candidates(subject, start, None, 0, part) for part in torch.split(self._first_ids, BLOCK)]
         subject.shallow.cache.release(start)
         self._first_states = torch.cat(blocks)
 
@@ -107,7 +107,7 @@ class VocabularyMatcher:
         """The nearest token of all, and whether it fits."""
         self.searches += 1
         finalists = []
-        for block in torch.arange(self._subject.vocab_size).split(BLOCK):
+        for block in torch.split(torch.arange(self._subject.vocab_size), BLOCK):
             distances = self._distances(sequence, prefix, block, state)
             finalists.append(block[distances.topk(min(2, len(block)), largest=False).indices])
         return self._nearest(sequence, prefix, torch.cat(finalists), state)
@@ -146,4 +146,5 @@ def candidates(
     head = [] if pending is None else [pending]
     hidden = subject.embed(torch.cat([torch.tensor(head, dtype=torch.int64), tokens]))
     segment = Segment(sequence, position - len(head), hidden, aside=(position,) * len(tokens))
-    return subject.shallow.run([segment])[0][len(head) :]
+    (states,) = subject.shallow.run([segment])
+    return states[len(head) :]

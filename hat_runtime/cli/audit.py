@@ -156,7 +156,11 @@ def _measured(
     room = sum(len(ids) + args.answer_tokens + 2 * 16 for ids, _ in prompts) + 8192
     subject = Subject.load(args.model, args.input_layers, getattr(torch, args.dtype), room)
     options = InversionOptions(
-        **names, pair_counts=pair_counts, answer_tokens=args.answer_tokens, seed=args.seed
+        names["codecs"],
+        names["knowledge"],
+        pair_counts=pair_counts,
+        answer_tokens=args.answer_tokens,
+        seed=args.seed,
     )
     figures = Inversion(subject, options, prompts, own, progress).run()
     about = (
