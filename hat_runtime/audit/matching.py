@@ -126,7 +126,9 @@ class VocabularyMatcher:
         """Euclidean distances [n] of candidates int64 [n] behind a prefix from a state [hidden_size]."""
         pending = prefix[-1] if len(prefix) > sequence.length else None
         states = candidates(self._subject, sequence, pending, len(prefix), tokens)
-        return (self._subject.through(self._codec, states).float() - state.float()).norm(dim=-1)
+        seen = self._subject.through(self._codec, states)
+        distances: torch.Tensor = (seen.float() - state.float()).norm(dim=-1)
+        return distances
 
 
 def candidates(
