@@ -156,6 +156,18 @@ full-simulation: $(STAMP)  ## the paper's 30 devices, then 1,000 and 10,000, in 
 full-codec-quality: $(STAMP)  ## the uplink's codecs: bytes, time, distance from the exact model
 	@$(BIN)/python benchmarks/codec_quality.py $(ARGS)
 
+.PHONY: full-audit
+full-audit: $(STAMP)  ## how much of a text attackers recover from hidden states: docs/benchmarks/inversion.md
+	@$(BIN)/python benchmarks/inversion.py $(ARGS)
+
+.PHONY: full-prefix-timing
+full-prefix-timing: $(STAMP)  ## what one tenant's times tell of another's prompts, and of prompts that are shared on purpose
+	@$(BIN)/python benchmarks/prefix_timing.py $(ARGS)
+
+.PHONY: full-padding
+full-padding: $(STAMP)  ## what sizes of messages tell of an answer, with and without --pad-frames, and its cost
+	@$(BIN)/python benchmarks/padding.py $(ARGS)
+
 .PHONY: full-picospec
 full-picospec: $(STAMP)  ## token mode over slow links: no drafts, synchronous, PicoSpec; and its distribution
 	@$(BIN)/python -m pytest tests/runtime/test_picospec_distribution.py -m long

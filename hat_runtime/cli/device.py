@@ -13,6 +13,7 @@ from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import (
     add_dtype,
     add_logging,
+    add_pad_frames,
     add_tls,
     add_uplink_codec,
     check_positive,
@@ -65,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     picospec_options.add_speculation(serve)
     add_dtype(serve)
     add_uplink_codec(serve)
+    add_pad_frames(serve)
     serve.add_argument(
         "--device", default="auto", help="where the layers run: auto, cpu or cuda (default %(default)s)"
     )
@@ -179,6 +181,7 @@ def run_serve(args: argparse.Namespace) -> int:
             max_idle_conversations=args.keep_sessions,
             device_name=args.device_name,
             recovery=RecoveryConfig(reconnect_for_s=args.reconnect_for),
+            pad_frames=args.pad_frames,
             chunking=chunking_config(args),
             drafting=drafting_config(args),
         ),

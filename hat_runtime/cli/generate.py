@@ -15,6 +15,7 @@ from hat_runtime.cli.command import Command
 from hat_runtime.cli.drafting_options import add_drafting, drafting_config
 from hat_runtime.cli.options import (
     add_dtype,
+    add_pad_frames,
     add_tls,
     add_uplink_codec,
     parse_host_port,
@@ -86,6 +87,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     picospec_options.add_speculation(parser)
     add_dtype(parser)
     add_uplink_codec(parser)
+    add_pad_frames(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
 
 
@@ -128,6 +130,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError("--local answers one prompt at a time; --concurrency goes with --cloud")
         if parse_uplink_codec(args.uplink_codec).names != (RAW,):
             raise UsageError("--local sends nothing; --uplink-codec goes with --cloud")
+        if args.pad_frames:
+            raise UsageError("--local sends nothing; --pad-frames goes with --cloud")
     else:
         parse_host_port(args.cloud, "--cloud")
         check_dialled(args.cloud, args.tls, insecure=args.insecure)
@@ -195,7 +199,10 @@ async def _answer_through_cloud(
     longest = sorted(min(len(ids) + args.max_new_tokens, context) for ids in encoded)[-args.concurrency :]
     # Every prompt stands for itself: no session is kept, so bytes and times do not depend on the one before.
     config = GeneratorConfig(
-        max_idle_conversations=0, chunking=chunking_config(args), drafting=drafting_config(args)
+        max_idle_conversations=0,
+        chunking=chunking_config(args),
+        drafting=drafting_config(args),
+        pad_frames=args.pad_frames,
     )
     kv_tokens = sum(longest) + SPARE_KV_TOKENS * len(longest)
     if (draft := picospec_options.draft_folder(args)) is not None:

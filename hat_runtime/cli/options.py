@@ -36,6 +36,16 @@ def add_uplink_codec(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pad_frames(parser: argparse.ArgumentParser) -> None:
+    """--pad-frames."""
+    parser.add_argument(
+        "--pad-frames",
+        action="store_true",
+        help="fill frames up to fixed sizes both ways, so that their sizes do not tell who watches the network "
+        "how many tokens were drafted; costs bytes: docs/benchmarks/padding.md",
+    )
+
+
 def parse_uplink_codec(value: str) -> CodecChoice:
     """The value of --uplink-codec. Raises UsageError, which echoes it and lists the codecs."""
     return CodecChoice.parse(value, "--uplink-codec")

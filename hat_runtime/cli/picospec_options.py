@@ -59,6 +59,8 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value != default:
             raise UsageError(f"{option} {value} does not go with --mode picospec")
+    if getattr(args, "pad_frames", False):  # `hat bench` has no such option
+        raise UsageError("--pad-frames does not go with --mode picospec: token ids are no rows")
     if args.sampler not in SAMPLERS:
         raise UsageError(f"--sampler {args.sampler!r}: --mode picospec has {', '.join(SAMPLERS)}")
     drafts, window = _or(args.max_draft, MAX_DRAFT), _window(args)

@@ -12,6 +12,7 @@ from hat_runtime.cloud.session import StepDone, StepWork, Want
 from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec, frames
+from hat_runtime.wire.padding import MAX_PADDING_BYTES, fill, frame_bytes, padded_rows, split_padded
 
 MOST_ALTERNATIVES = 8
 """For each token of a Step: they go with its tokens, and no pass is divided for them."""
@@ -70,7 +71,11 @@ class StepAssembler:
             raise ProtocolError(
                 f"Step.payload has {len(step.payload)} bytes; a frame holds at most {self._limits.max_frame_bytes}"
             )
-        if step.more and not step.payload:
+        if len(step.padding) > MAX_PADDING_BYTES:
+            raise ProtocolError(
+                f"Step.padding has {len(step.padding)} bytes; a frame holds at most {MAX_PADDING_BYTES}"
+            )
+        if step.more and not step.payload and not step.padding:
             raise ProtocolError("an empty frame says that more follow")
         rows, count = self._codecs[step.decode], step.n + len(aside)
         whole = count * rows.row_bytes(self._hidden_size, self._dtype)
@@ -136,6 +141,7 @@ def result_frames(
     verdict: pb.Verdict | None = None,
     cost: pb.CostHints | None = None,
     suggested_chunk: int = 0,
+    pad_rows: int = 0,
 ) -> Iterator[pb.CloudMessage]:
     """The frames that answer one Step.
 
@@ -144,26 +150,51 @@ def result_frames(
         verdict: of token mode.
         cost: with the last Step of a prompt.
         suggested_chunk: tokens that are proposed for the chunks of prompts; 0: nothing.
+        pad_rows: as Open.pad_results.
     """
     work = done.work
     payload = b"" if done.deep is None else codec.encode(done.deep)
-    for part, more in frames.split(payload):
-        yield pb.CloudMessage(
-            result=pb.Result(
-                status=pb.STATUS_STALE if done.stale else pb.STATUS_OK,
-                epoch=work.epoch,
-                start_pos=work.start_pos,
-                n=work.n,
-                payload=part,
-                more=more,
-                queue_us=_micros(work.waited_s),
-                compute_us=_micros(work.compute_s),
-                batch_tokens=work.batch_tokens,
-                suggested_chunk=suggested_chunk,
-                verdict=verdict,
-                cost=cost,
-            )
+
+    def frame(part: bytes, more: bool) -> pb.Result:
+        return pb.Result(
+            status=pb.STATUS_STALE if done.stale else pb.STATUS_OK,
+            epoch=work.epoch,
+            start_pos=work.start_pos,
+            n=work.n,
+            payload=part,
+            more=more,
+            queue_us=_micros(work.waited_s),
+            compute_us=_micros(work.compute_s),
+            batch_tokens=work.batch_tokens,
+            suggested_chunk=suggested_chunk,
+            verdict=verdict,
+            cost=cost,
         )
+
+    if not pad_rows or work.hidden is None:
+        for part, more in frames.split(payload):
+            yield pb.CloudMessage(result=frame(part, more))
+        return
+    rows, hidden_size = work.hidden.shape
+    # A stale Step's as well: that a round was refused is nobody's business.
+    seen_rows = padded_rows(rows, pad_rows) if work.want is Want.ALL else 1
+    whole = seen_rows * codec.row_bytes(hidden_size, work.hidden.dtype)
+    for part, more, seen in split_padded(payload, whole, frames.MAX_FRAME_BYTES):
+        result = frame(part, more)
+        fill(result, frame_bytes(seen))
+        yield pb.CloudMessage(result=result)
+
+
+def check_padding(opening: pb.Open, limits: pb.Limits, mode: str) -> None:
+    """Refuse padding of Results that there cannot be.
+
+    Raises:
+        ProtocolError: Open.pad_results is too large, or the mode has no hidden states.
+    """
+    if opening.pad_results > limits.max_step_tokens:
+        raise ProtocolError(f"Open.pad_results={opening.pad_results} is more than {limits.max_step_tokens}")
+    if opening.pad_results and mode:
+        raise ProtocolError(f"Open.pad_results={opening.pad_results}: mode {mode} has no rows to pad")
 
 
 def _micros(seconds: float) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from hat_runtime.cloud import tokens
-from hat_runtime.cloud.assembly import ProtocolError
+from hat_runtime.cloud.assembly import ProtocolError, check_padding
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import codec
 
@@ -52,6 +52,7 @@ def check_fits(opening: pb.Open, served: Served) -> None:
     if opening.max_tokens > served.limits.max_tokens:
         text = f"Open.max_tokens={opening.max_tokens} is more than {served.limits.max_tokens}"
         raise ProtocolError(text)
+    check_padding(opening, served.limits, served.mode)
 
 
 def codecs_of(opening: pb.Open) -> codec.CodecChoice:

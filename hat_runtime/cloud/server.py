@@ -211,6 +211,7 @@ class RuntimeService:
         self._access.check(stream.peer)
         self._check_handshake(opening)
         stream.codecs = codecs_of(opening)
+        stream.pad_rows = opening.pad_results
         stream.resumable = opening.resumable and self._lost.ttl_s > 0
         if opening.HasField("resume"):
             return self._resume(opening.resume.session_id, stream)
@@ -295,6 +296,7 @@ class RuntimeService:
                 verdict,
                 cost_hints(self._engine.cost.fit(), self._engine.prompt_rows) if of_prompt else None,
                 chunk,
+                stream.pad_rows,
             )
         if isinstance(event, Decoded):
             return (decoded_message(event),)

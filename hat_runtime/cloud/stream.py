@@ -28,6 +28,8 @@ class Stream:
         """Who is at the other end."""
         self.codecs = codec.RAW_ONLY
         """How its Steps are encoded."""
+        self.pad_rows = 0
+        """As Open.pad_results."""
         self.resumable = False
         """The session outlives it, unless the device says Close."""
         self.closed = False

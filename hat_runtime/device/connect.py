@@ -9,7 +9,7 @@ import torch
 
 from hat_runtime.device.drafting.factory import NONE, drafter_maker
 from hat_runtime.device.generator import Generator, GeneratorConfig
-from hat_runtime.device.handshake import bind
+from hat_runtime.device.handshake import bind, padded
 from hat_runtime.device.link import CloudLink
 from hat_runtime.device.metrics import DeviceMetrics
 from hat_runtime.device.submodels import DeviceModel
@@ -62,6 +62,8 @@ async def connect(
         description = await link.describe()
         manifest = await asyncio.to_thread(identity, folder)
         binding = bind(manifest, folder, description, compute, cloud, codecs)
+        if config is not None and config.pad_frames:
+            binding = padded(binding, config.drafting, config.chunking, description, cloud)
         model = await in_passing_thread(
             DeviceModel.load,
             folder,

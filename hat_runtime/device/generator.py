@@ -57,6 +57,8 @@ class GeneratorConfig:
     tenant: str = ""
     drafting: DraftConfig = field(default_factory=DraftConfig)
     """How tokens are drafted, where the model has a drafter."""
+    pad_frames: bool = False
+    """Frames of fixed sizes, against who looks at their sizes."""
     device_name: str = ""
     """By which the cloud lists this device; "": it does not."""
 

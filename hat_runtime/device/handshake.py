@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from hat_runtime.device.chunking import ChunkConfig
+from hat_runtime.device.policy import DraftConfig, most_round_rows
 from hat_runtime.device.steps import Binding
 from hat_runtime.errors import HandshakeError
 from hat_runtime.model.manifest import Manifest, read_config
 from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire.codec import RAW, RAW_ONLY, CodecChoice, dtype_name
+from hat_runtime.wire.padding import Padding
 
 HAT = "hat"
 """The mode of hidden states, as people call it; "" on the wire."""
+PADDING_SINCE = 4
+"""Minor protocol version."""
 
 
 @dataclass(frozen=True)
@@ -141,3 +146,25 @@ def bind(
     cloud = description.model
     layers = LayerRange(cloud.lo, cloud.hi)
     return Binding(cloud.model_revision, layers, dtype, cloud.hidden_size, codecs.prompt, codecs.decode)
+
+
+def padded(
+    binding: Binding,
+    drafting: DraftConfig,
+    chunking: ChunkConfig,
+    description: pb.DescribeReply,
+    address: str,
+) -> Binding:
+    """The same with frames of fixed sizes: of the most rows that a round may have, and of a prompt's least chunk.
+
+    Raises:
+        HandshakeError: the cloud is of a version that does not pad.
+    """
+    if description.protocol_minor < PADDING_SINCE:
+        raise HandshakeError(
+            f"--pad-frames: the cloud at {address} speaks protocol {description.protocol_major}."
+            f"{description.protocol_minor} and pads no frames; upgrade it, or start this side without --pad-frames"
+        )
+    rows = most_round_rows(drafting)
+    chunk = chunking.bounds.least if chunking.tokens is None else chunking.tokens or chunking.bounds.least
+    return replace(binding, padding=Padding(min(rows, description.limits.max_step_tokens), chunk))

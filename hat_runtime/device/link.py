@@ -140,6 +140,7 @@ class CloudLink(CloudView):
             device=device_name,
             mode=binding.mode,
             resumable=True,
+            pad_results=0 if binding.padding is None else binding.padding.round_rows,
         )
         if resume is not None:
             message.resume.session_id = resume.session_id
@@ -152,6 +153,8 @@ class CloudLink(CloudView):
         The way down is taken to be as fast as the way up, for it is not measured.
         """
         rate = self.estimate.uplink_bytes_per_s
+        if binding.padding is not None:
+            return 0.0  # a round has one size, however many rows are in it
         both = (binding.encoding(True), codec_named(RAW))  # Results are raw
         size = sum(codec.row_bytes(binding.hidden_size, binding.dtype) for codec in both)
         return size / rate if rate else 0.0

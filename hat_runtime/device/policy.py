@@ -65,6 +65,12 @@ class DraftConfig:
             raise UsageError(f"--sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
 
 
+def most_round_rows(config: DraftConfig) -> int:
+    """Rows of a round with the most drafts and alternatives; one that was drafted ahead of may have more."""
+    others = MOST_ALTERNATIVES if config.alternatives is None else config.alternatives
+    return config.max_draft + 1 + config.max_draft * others
+
+
 @dataclass
 class DraftPolicy:
     """Decides for all answers of a device. For the event loop's thread; plans are read by the worker."""

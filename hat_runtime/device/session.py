@@ -170,6 +170,7 @@ class CloudSession:
             codec=self.binding.encoding(decode),
             decode=decode,
             alternatives=alternatives,
+            padding=self.binding.padding,
         )
         self._queue(step)
         return future

@@ -14,6 +14,7 @@ from hat_runtime.model.split import LayerRange
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.wire import frames
 from hat_runtime.wire.codec import RAW, RowCodec, codec_named
+from hat_runtime.wire.padding import Padding, fill, frame_bytes, split_padded
 
 Want: TypeAlias = "pb.Want.ValueType"
 NONE, LAST, ALL = pb.WANT_NONE, pb.WANT_LAST, pb.WANT_ALL
@@ -35,6 +36,8 @@ class Binding:
 
     mode: str = ""
     """As DescribeReply.mode; "" is hat."""
+    padding: Padding | None = None
+    """Frames have fixed sizes, of these many rows."""
 
     @property
     def one_codec(self) -> bool:
@@ -81,6 +84,8 @@ class Step:
     """The codec is that of rows that are no prompt's."""
     alternatives: tuple[int, ...] = ()
     """Positions of the last rows, which are other choices for these positions (runtime.proto)."""
+    padding: Padding | None = None
+    """Its frames are filled up to this."""
     submitted_s: float = field(default_factory=time.monotonic)
     received: bytearray = field(default_factory=bytearray)
 
@@ -93,6 +98,8 @@ class Step:
     def sent_bytes(self) -> int:
         """Bytes of what it carries on the wire, for the estimate of the link's rate."""
         rows, hidden_size = self.hidden.shape
+        if self.padding is not None:
+            rows = self.padding.rows(rows, self.want == ALL)
         return rows * self.codec.row_bytes(hidden_size, self.hidden.dtype)
 
     @property
@@ -103,17 +110,26 @@ class Step:
     def messages(self, max_frame_bytes: int) -> Iterator[pb.DeviceMessage]:
         """The Step's frames; 0 stands for the protocol's own limit."""
         payload = self.codec.encode(self.hidden)
-        for part, more in frames.split(payload, max_frame_bytes or frames.MAX_FRAME_BYTES):
-            yield pb.DeviceMessage(
-                step=pb.Step(
-                    epoch=self.epoch,
-                    start_pos=self.start,
-                    n=self.n,
-                    want=self.want,
-                    payload=part,
-                    more=more,
-                    request_id=self.request_id,
-                    decode=self.decode,
-                    alternatives=self.alternatives,
-                )
-            )
+        longest = max_frame_bytes or frames.MAX_FRAME_BYTES
+        if self.padding is None:
+            for part, more in frames.split(payload, longest):
+                yield pb.DeviceMessage(step=self._frame(part, more))
+            return
+        others = self.padding.rows(len(self.hidden), True) if self.want == ALL else 0
+        for part, more, seen in split_padded(payload, self.sent_bytes, longest):
+            frame = self._frame(part, more)
+            fill(frame, frame_bytes(seen, others))
+            yield pb.DeviceMessage(step=frame)
+
+    def _frame(self, part: bytes, more: bool) -> pb.Step:
+        return pb.Step(
+            epoch=self.epoch,
+            start_pos=self.start,
+            n=self.n,
+            want=self.want,
+            payload=part,
+            more=more,
+            request_id=self.request_id,
+            decode=self.decode,
+            alternatives=self.alternatives,
+        )

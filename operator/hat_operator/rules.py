@@ -89,6 +89,9 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "self.mode == 'hat' || (self.wire.uplink == 'none' && self.wire.uplinkDecode == 'none')": lambda self: (
         self["mode"] == "hat" or self["wire"]["uplink"] == self["wire"]["uplinkDecode"] == "none"
     ),
+    "self.mode == 'hat' || !self.wire.padFrames": lambda self: (
+        self["mode"] == "hat" or not self["wire"]["padFrames"]
+    ),
     (
         "!has(self.edge) || !has(self.edge.clusterRef) || self.cloud.expose.type != 'ClusterIP' "
         "|| self.cloud.expose.host != ''"

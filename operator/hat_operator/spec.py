@@ -72,6 +72,8 @@ class Cloud:
 
     replicas: int
     gpus: int
+    runtime_class: str
+    """"" for the cluster's own."""
     resources: Resources
     max_sessions: int
     resume_ttl_s: int | None
@@ -270,6 +272,7 @@ def _cloud(cloud: Fields) -> Cloud:
     return Cloud(
         replicas=cloud.number("replicas"),
         gpus=cloud.sub("accelerator").number("count"),
+        runtime_class=cloud.text("runtimeClassName"),
         resources=_resources(cloud.optional("resources")),
         max_sessions=cloud.number("maxSessions"),
         resume_ttl_s=cloud.number("resumeTtlSeconds") if cloud.has("resumeTtlSeconds") else None,

@@ -69,14 +69,19 @@ class Chunking:
 
 @dataclass(frozen=True)
 class Wire:
-    """Codecs of hidden states on their way up; none is the runtime's raw."""
+    """Codecs of hidden states on their way up, none is the runtime's raw; and padding."""
 
     uplink: str
     """Of prompts."""
     uplink_decode: str
     """Of all other states."""
+    pad_frames: bool
 
     @classmethod
     def parse(cls, fields: Fields) -> Wire:
         """Read spec.wire. Raises SpecError."""
-        return cls(uplink=fields.text("uplink"), uplink_decode=fields.text("uplinkDecode"))
+        return cls(
+            uplink=fields.text("uplink"),
+            uplink_decode=fields.text("uplinkDecode"),
+            pad_frames=fields.flag("padFrames"),
+        )

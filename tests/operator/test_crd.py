@@ -39,6 +39,7 @@ DEFAULTS = {
     "cloud": {
         "replicas": 1,
         "accelerator": {"type": "none", "count": 0},
+        "runtimeClassName": "",
         "tensorParallel": 1,
         "maxSessions": 64,
         "image": "",
@@ -47,7 +48,7 @@ DEFAULTS = {
     },
     "speculation": {"drafter": "auto", "branches": 1, "sampler": "coupled"},
     "chunking": {"mode": "auto", "minTokens": 64, "maxTokens": 512},
-    "wire": {"uplink": "none", "uplinkDecode": "none", "downlink": "none"},
+    "wire": {"uplink": "none", "uplinkDecode": "none", "padFrames": False, "downlink": "none"},
     "security": {"networkPolicies": True, "tls": "", "certificateHours": 24},
     "observability": {"logLevel": "info", "podMonitor": "auto"},
 }

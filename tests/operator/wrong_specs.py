@@ -218,6 +218,9 @@ WRONG = {
     "tokens-uplink-decode": Wrong(
         {"spec.wire.uplinkDecode": "int8"}, ("wire.uplink and wire.uplinkDecode: mode picospec",), TOKENS
     ),
+    "tokens-pad-frames": Wrong(
+        {"spec.wire.padFrames": True}, ("wire.padFrames: mode picospec sends token ids",), TOKENS
+    ),
     "tokens-no-draft-model": Wrong(
         {"spec.model.source.hub": "org/model"},
         ("speculation.draftModel: HAT brings a draft model for model.source.hub: default only",),

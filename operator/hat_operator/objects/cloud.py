@@ -92,6 +92,8 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     spec = pods.pod_spec(hat, names.cloud(hat), main, files, volumes, cloud.template)
     if cloud.template.node_selector:
         spec["nodeSelector"] = dict(cloud.template.node_selector)
+    if cloud.runtime_class:
+        spec["runtimeClassName"] = cloud.runtime_class
     gpu = [pods.gpu_toleration()] if cloud.gpus else []
     tolerated = pods.tolerations(*gpu, *cloud.template.tolerations)
     if tolerated:

@@ -97,6 +97,7 @@ def _pod(hat: HatDeployment, edge: Edge, settings: Settings, endpoint: str, imag
         args += ["--mode", "picospec", "--draft-model", files.path, *_speculating(hat.spec.speculation)]
     else:
         args += [*_drafting(hat.spec.speculation), "--uplink-codec", _codecs(hat.spec.wire)]
+        args += ["--pad-frames"] if hat.spec.wire.pad_frames else []
     args += ["--model-name", edge.api.model_name or hat.name]
     args += ["--grace", str(pods.ANSWER_S), "--log-format", "json", "--log-level", hat.spec.log_level]
     mounts, volumes = list(files.mounts), []

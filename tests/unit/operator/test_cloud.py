@@ -97,6 +97,12 @@ def test_a_claim_is_mounted_read_only_and_nothing_is_fetched(path: str, folder: 
     assert {"name": volume["name"], "mountPath": "/model", "readOnly": True} in main(thing)["volumeMounts"]
 
 
+def test_a_confidential_runtime_class_is_the_cloud_pods_alone() -> None:
+    kata = "kata-qemu-nvidia-gpu-snp"
+    assert pod(deployment(hat(cloud={"runtimeClassName": kata})))["runtimeClassName"] == kata
+    assert "runtimeClassName" not in pod(deployment(hat(edge={"runtimeClassName": "nvidia"})))
+
+
 def test_gpu() -> None:
     thing = deployment(hat(cloud={"accelerator": {"type": "nvidia.com/gpu", "count": 1}}))
     assert option(main(thing), "--device") == "cuda"

@@ -139,6 +139,11 @@ def test_codecs(wire: dict[str, str], prompt: str, decode: str) -> None:
     assert parse_uplink_codec(served_with(wire=wire).uplink_codec) == CodecChoice(prompt, decode)
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_pad_frames(pad: bool) -> None:
+    assert served_with(wire={"padFrames": pad}).pad_frames is pad
+
+
 def test_names_where_nothing_is_written() -> None:
     thing = daemonset()
     assert thing["metadata"]["name"] == "chat-edge-cpu"

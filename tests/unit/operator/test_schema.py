@@ -177,6 +177,7 @@ def test_wrong_fields_are_named_with_their_value(path: str, value: Any, words: s
         ("chunking", {"mode": "fixed", "tokens": 64}, "chunking.tokens: mode picospec sends token ids"),
         ("wire.uplink", "int8", "wire.uplink and wire.uplinkDecode: mode picospec sends token ids"),
         ("wire.uplinkDecode", "bf16", "wire.uplink and wire.uplinkDecode: mode picospec sends token ids"),
+        ("wire.padFrames", True, "wire.padFrames: mode picospec sends token ids"),
     ],
     ids=str,
 )

@@ -67,6 +67,8 @@ def test_revision_changes_with_what_both_sides_agree_on(other: dict[str, object]
         {"speculation": {"drafter": "none"}},
         {"wire": {"uplink": "int8", "uplinkDecode": "int8"}},  # a cloud takes every codec
         {"edge": {"runtimeClassName": "nvidia"}},
+        {"cloud": {"runtimeClassName": "kata-qemu-nvidia-gpu-snp"}},
+        {"wire": {"padFrames": True}},
         {"runtime": {"version": "1.2.3"}},  # what the operator writes there by itself
     ],
     ids=str,

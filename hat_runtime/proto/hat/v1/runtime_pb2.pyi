@@ -325,6 +325,7 @@ class Open(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DECODE_CODEC_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
+    PAD_RESULTS_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Must equal the cloud's; a mismatch is FAILED_PRECONDITION before any compute."""
@@ -348,6 +349,10 @@ class Open(_message.Message):
     """How all other rows are encoded. Empty: as the prompt's. Since 1.2."""
     resumable: _builtins.bool
     """The device may come back: when the stream is lost, the cloud keeps the session for Opened.resume_ms. Since 1.4."""
+    pad_results: _builtins.int
+    """Asks for Results of one size each, whatever they hold (Result.padding): those of want ALL are as long as if they had
+    a multiple of so many rows, all others as if they had one. 0: no padding. At most limits.max_step_tokens. Since 1.4.
+    """
     mode: _builtins.str
     """As DescribeReply.mode; a mismatch is FAILED_PRECONDITION. Since 1.2."""
     @_builtins.property
@@ -374,11 +379,12 @@ class Open(_message.Message):
         device: _builtins.str = ...,
         decode_codec: _builtins.str = ...,
         resumable: _builtins.bool = ...,
+        pad_results: _builtins.int = ...,
         mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "pad_results", b"pad_results", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,6 +427,7 @@ class Step(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Raised by the device when it discards tokens that it has sent. A queued Step of an older epoch is answered STALE."""
@@ -436,6 +443,10 @@ class Step(_message.Message):
     """On the first Step of a request: names it in the logs of both sides."""
     decode: _builtins.bool
     """The rows are encoded in Open.decode_codec instead of Open.codec. Since 1.2."""
+    padding: _builtins.bytes
+    """Ballast, so that all frames of a kind have one size: ignored by the cloud. Frames behind the payload's last one may hold
+    nothing else; `more` is true on all frames but the last of these. Since 1.4.
+    """
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions of rows behind the n: row n + i is another token for position alternatives[i], start_pos <= position <=
@@ -460,11 +471,12 @@ class Step(_message.Message):
         request_id: _builtins.str = ...,
         decode: _builtins.bool = ...,
         alternatives: _abc.Iterable[_builtins.int] | None = ...,
+        padding: _builtins.bytes = ...,
         tokens: Global___TokenStep | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "decode", b"decode", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "request_id", b"request_id", "start_pos", b"start_pos", "tokens", b"tokens", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "decode", b"decode", "epoch", b"epoch", "more", b"more", "n", b"n", "padding", b"padding", "payload", b"payload", "request_id", b"request_id", "start_pos", b"start_pos", "tokens", b"tokens", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,6 +749,7 @@ class Result(_message.Message):
     BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     SUGGESTED_CHUNK_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     epoch: _builtins.int
@@ -753,6 +766,8 @@ class Result(_message.Message):
     """Tokens of all sessions in the last of those passes."""
     suggested_chunk: _builtins.int
     """Chunk size that the cloud proposes, in tokens; 0 means no proposal."""
+    padding: _builtins.bytes
+    """As Step.padding, where Open.pad_results asks for it. Since 1.4."""
     @_builtins.property
     def cost(self) -> Global___CostHints:
         """As in Opened, of now; on Results of want LAST that bring a deep state. Since 1.3."""
@@ -775,11 +790,12 @@ class Result(_message.Message):
         batch_tokens: _builtins.int = ...,
         suggested_chunk: _builtins.int = ...,
         cost: Global___CostHints | None = ...,
+        padding: _builtins.bytes = ...,
         verdict: Global___Verdict | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_tokens", b"batch_tokens", "compute_us", b"compute_us", "cost", b"cost", "epoch", b"epoch", "more", b"more", "n", b"n", "payload", b"payload", "queue_us", b"queue_us", "start_pos", b"start_pos", "status", b"status", "suggested_chunk", b"suggested_chunk", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_tokens", b"batch_tokens", "compute_us", b"compute_us", "cost", b"cost", "epoch", b"epoch", "more", b"more", "n", b"n", "padding", b"padding", "payload", b"payload", "queue_us", b"queue_us", "start_pos", b"start_pos", "status", b"status", "suggested_chunk", b"suggested_chunk", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
