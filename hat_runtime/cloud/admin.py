@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -60,10 +60,13 @@ def make_admin_app(
 
     async def put_policy(request: Request) -> Response:
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BYTES:
-                return _refusal(413, "policy", f"more than {MAX_BYTES} bytes", "is too long")
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BYTES:
+                    return _refusal(413, "policy", f"more than {MAX_BYTES} bytes", "is too long")
+        except ClientDisconnect:
+            return _refusal(400, "policy", f"{len(body)} bytes", "is not complete: the connection ended")
         try:
             policy.put(bytes(body))
         except PolicyError as error:

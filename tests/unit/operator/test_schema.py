@@ -192,8 +192,8 @@ PICOSPEC: dict[str, Any] = {"mode": "picospec", "split": None, "model": {"source
         ("wire.downlink", "int8", "compressed hidden states are not available"),
         (
             "imagePullSecrets",
-            [{"name": ""}],
-            'spec.imagePullSecrets[0].name: "": must be at least 1 characters',
+            [{"name": "my secret"}],
+            'spec.imagePullSecrets[0].name: "my secret": must match',
         ),
     ],
 )
