@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ NUMBERS = [0.0, -1.0, 1e-310, 0.5, 1e300, float("nan"), float("inf"), float("-in
 class Nonsense:
     """Streams for a cloud of mode hat."""
 
-    open_fields: dict[str, str] = {}
+    open_fields: ClassVar[dict[str, str]] = {}
 
     def __init__(self, seed: int, cloud: RunningCloud) -> None:
         self.rng = random.Random(seed)
@@ -148,7 +149,7 @@ class Nonsense:
 class TokenNonsense(Nonsense):
     """Streams for a cloud of mode picospec."""
 
-    open_fields = {"mode": "picospec", "codec": "tokens"}
+    open_fields: ClassVar = {"mode": "picospec", "codec": "tokens"}
 
     def __init__(self, seed: int, cloud: RunningCloud, vocabulary: int) -> None:
         super().__init__(seed, cloud)

@@ -145,7 +145,7 @@ class Requests:
         way = rng.random()
         if way < 0.6:
             place[key] = copy.deepcopy(rng.choice(ODD))
-        elif way < 0.7 and not (key == "max_tokens"):
+        elif way < 0.7 and key != "max_tokens":
             del place[key]
         elif way < 0.8:
             place[key] = [place[key]]
