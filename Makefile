@@ -76,6 +76,10 @@ images: $(STAMP)  ## build the images with docker or buildah: REGISTRY=... VARIA
 	@$(BIN)/python scripts/images.py --registry "$(REGISTRY)" --variant "$(VARIANT)" $(addprefix --image ,$(IMAGES)) \
 	  $(if $(BASE_IMAGE),--base-image "$(BASE_IMAGE)") $(if $(PUSH),--push) $(ARGS)
 
+.PHONY: sbom
+sbom: $(STAMP)  ## CycloneDX bills of materials of the distribution and of each image, into dist/sbom
+	@$(BIN)/python -m scripts.sbom $(ARGS)
+
 .PHONY: pin-images
 pin-images: $(STAMP)  ## write the digests of the base images, where their registry answers
 	@$(BIN)/python scripts/pin_images.py $(ARGS)

@@ -79,6 +79,18 @@ def check_packages(built: Built, container: str) -> None:
     if built.name == "operator":
         assert set(found) - {"hat-platform"} == set(wanted)
         assert not {"torch", "transformers", "numpy"} & set(found)
+    listed = bill_of_materials(built, container)
+    assert {name: listed.get(name) for name in wanted if name != "torch"} == {
+        name: version for name, version in wanted.items() if name != "torch"
+    }
+
+
+def bill_of_materials(built: Built, container: str) -> dict[str, str]:
+    """Name and version of what the image says that it holds."""
+    path = f"/opt/hat/share/sbom/hat-{built.name}.cdx.json"
+    said = json.loads(built.run(container, "cat", path))
+    assert (said["bomFormat"], said["specVersion"]) == ("CycloneDX", "1.5")
+    return {canonicalize_name(one["name"]): one["version"] for one in said["components"]}
 
 
 def locked(built: Built) -> dict[str, str]:
