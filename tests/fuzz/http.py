@@ -121,7 +121,8 @@ class Requests:
             return Request("body", data, malformed=len(body) > 60_000)
         if kind < 0.5:
             return Request("JSON text", http(method, path, self.changed(_bytes(body))))
-        return Request("JSON", http(method, path, _bytes(self.mutated(body))))
+        data = http(method, path, _bytes(self.mutated(body)))
+        return Request("JSON", data, malformed=len(data) > 60_000)
 
     def mutated(self, body: Any) -> Any:
         """The same with one to three values replaced, removed, added or wrapped."""

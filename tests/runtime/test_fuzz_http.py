@@ -95,7 +95,7 @@ def expect(request: Request, reply: Reply) -> None:
         if reply.body.startswith(b"data: "):
             assert reply.body.endswith(b"data: [DONE]\n\n"), shown
             assert b'"error"' not in reply.body, shown
-    if request.kind == "JSON" and reply.status >= 400:
+    if request.kind == "JSON" and reply.status >= 400:  # in the form that each server has for errors
         assert "message" in json.loads(reply.body)["error"], shown
 
 
