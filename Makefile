@@ -187,8 +187,12 @@ full-speculation-faults: $(STAMP)  ## stalls, cuts and slow spells of the link w
 	@$(BIN)/python -m pytest tests/runtime -m long -k faults -s $(ARGS)
 
 .PHONY: full-fuzz
-full-fuzz: $(STAMP)  ## random and mutated messages against a live server
-	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)
+full-fuzz: $(STAMP)  ## 100,000 mutated messages, HTTP requests and HatDeployments against live servers
+	@CI=true $(BIN)/python -m pytest tests/runtime tests/operator -m long -k fuzz -s $(ARGS)
+
+.PHONY: soak
+soak: $(STAMP)  ## half an hour of mixed traffic with random faults, every answer checked; growth (ARGS='--minutes 5')
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 .PHONY: full-e2e
 full-e2e: $(STAMP)  ## every field, changes under traffic and chart upgrades on real nodes (root)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 from common import REPORTS, ROOT, facts, progress, report, table, warn_if_busy
@@ -83,9 +84,15 @@ async def soak(seconds: float, folder: Path, seed: int = 1, looks: int = LOOKS) 
     target = make_tiny_chat_model(folder / "target")
     draft = perturbed(target, folder / "draft", 0.01)
     exam = make_exam(target, NAME)
-    tiny = {"model": target, "dtype": "float32"}
-    common_cloud = {"kv_pages": 512, "drain_s": 0.1, "max_sessions": 32}
-    common_device = {"cloud": "", "model_name": NAME, "kv_tokens": 8192, "max_concurrent": 4, "grace_s": 0.5}
+    tiny: dict[str, Any] = {"model": target, "dtype": "float32"}
+    common_cloud: dict[str, Any] = {"kv_pages": 512, "drain_s": 0.1, "max_sessions": 32}
+    common_device: dict[str, Any] = {
+        "cloud": "",
+        "model_name": NAME,
+        "kv_tokens": 8192,
+        "max_concurrent": 4,
+        "grace_s": 0.5,
+    }
     async with AsyncExitStack() as stack:
         sites = {
             "hat": await stack.enter_async_context(

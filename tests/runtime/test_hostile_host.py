@@ -72,21 +72,16 @@ def ready(url: str, *processes: subprocess.Popen[bytes]) -> None:
 
 def test_such_a_process_cannot_write() -> None:
     """The test's own premise."""
-    code = "import tempfile; f = tempfile.TemporaryFile(); input(); f.write(b'x'); f.flush()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        fill_disk_later(process)
+    code = (
+        "import tempfile; f = tempfile.TemporaryFile(); print(flush=True); input(); f.write(b'x'); f.flush()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.readline()
+        fill_disk(process)
         _, errors = process.communicate(b"go\n")
     assert process.returncode == 1
     assert b"File too large" in errors
-
-
-def fill_disk_later(process: subprocess.Popen[bytes]) -> None:
-    """Once it has opened its file."""
-    while not any("deleted" in os.readlink(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()):
-        time.sleep(0.02)
-    fill_disk(process)
 
 
 def test_a_full_disk_changes_no_answer(folder: Path) -> None:
