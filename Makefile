@@ -76,6 +76,10 @@ images: $(STAMP)  ## build the images with docker or buildah: REGISTRY=... VARIA
 	@$(BIN)/python scripts/images.py --registry "$(REGISTRY)" --variant "$(VARIANT)" $(addprefix --image ,$(IMAGES)) \
 	  $(if $(BASE_IMAGE),--base-image "$(BASE_IMAGE)") $(if $(PUSH),--push) $(ARGS)
 
+.PHONY: sbom
+sbom: $(STAMP)  ## CycloneDX bills of materials of the distribution and of each image, into dist/sbom
+	@$(BIN)/python -m scripts.sbom $(ARGS)
+
 .PHONY: pin-images
 pin-images: $(STAMP)  ## write the digests of the base images, where their registry answers
 	@$(BIN)/python scripts/pin_images.py $(ARGS)
@@ -204,8 +208,12 @@ full-session-model: $(STAMP)  ## sessions opened, lost, resumed, fenced, expired
 	@$(BIN)/python -m pytest tests/runtime/test_session_model.py -m long $(ARGS)
 
 .PHONY: full-fuzz
-full-fuzz: $(STAMP)  ## random and mutated messages against a live server
-	@$(BIN)/python -m pytest tests -m long -k fuzz $(ARGS)
+full-fuzz: $(STAMP)  ## 100,000 mutated messages, HTTP requests and HatDeployments against live servers
+	@CI=true $(BIN)/python -m pytest tests/runtime tests/operator -m long -k fuzz -s $(ARGS)
+
+.PHONY: soak
+soak: $(STAMP)  ## half an hour of mixed traffic with random faults, every answer checked; growth (ARGS='--minutes 5')
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 .PHONY: full-e2e
 full-e2e: $(STAMP)  ## every field, changes under traffic and chart upgrades on real nodes (root)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from contextvars import ContextVar
@@ -71,3 +72,12 @@ def setup(level: str = "info", style: str = "text") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "urllib3", "filelock", "asyncio", "transformers", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def announce(text: str) -> None:
+    """Print a server's line for whoever started it. A standard output that takes nothing is given up."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        logging.getLogger(__name__).warning("standard output cannot be written: %s", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again at the end

@@ -103,6 +103,7 @@ def _serve(args: argparse.Namespace) -> int:
     from hat_runtime.cloud.engine import EngineConfig
     from hat_runtime.cloud.scheduler import SchedulerConfig
     from hat_runtime.cloud.serve import CloudConfig, running_cloud
+    from hat_runtime.log import announce
     from hat_runtime.process import spare_collector
     from hat_runtime.signals import wait_for_termination
 
@@ -150,11 +151,10 @@ def _serve(args: argparse.Namespace) -> int:
     async def serve() -> None:
         async with running_cloud(config) as cloud:
             spare_collector()
-            print(
+            announce(
                 f"hat cloud: layers {cloud.identity.lo}:{cloud.identity.hi} on {cloud.address}, "
                 f"health and metrics on {cloud.http_url}"
                 + (f", admin port {cloud.admin_url}" if config.tls is not None else ""),
-                flush=True,
             )
             asked = asyncio.create_task(wait_for_termination())
             await asyncio.wait((asked, cloud.broken), return_when=asyncio.FIRST_COMPLETED)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -145,10 +145,13 @@ def _document(
 
     async def take(request: Request) -> Response:
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > longest:
-                return _refusal(413, name, f"more than {longest} bytes", "is too long")
+        try:
+            async for part in request.stream():
+                body += part
+                if len(body) > longest:
+                    return _refusal(413, name, f"more than {longest} bytes", "is too long")
+        except ClientDisconnect:
+            return _refusal(400, name, f"{len(body)} bytes", "is not complete: the connection ended")
         try:
             return reply(put(bytes(body)))
         except _Refused as error:

@@ -17,6 +17,9 @@ from hat_runtime.wire.padding import MAX_PADDING_BYTES, fill, frame_bytes, padde
 MOST_ALTERNATIVES = 8
 """For each token of a Step: they go with its tokens, and no pass is divided for them."""
 
+LONGEST_TEXT = 500
+"""Characters of what a device is told about its mistake."""
+
 _WANTS = {pb.WANT_NONE: Want.NONE, pb.WANT_LAST: Want.LAST, pb.WANT_ALL: Want.ALL}
 
 
@@ -29,7 +32,8 @@ class ProtocolError(Exception):
         code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(text)
+        # Much of it may be the device's own words, which go into a log line and a header of the reply.
+        super().__init__(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...")
         self.code = code
         self.retry_after_s = retry_after_s
 

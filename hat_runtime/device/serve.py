@@ -28,6 +28,7 @@ from hat_runtime.device.token_answer import SpeculationConfig
 from hat_runtime.device.token_connect import connect_tokens
 from hat_runtime.device.token_steps import MODE
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
+from hat_runtime.log import announce
 from hat_runtime.model.hf import load_config, load_tokenizer
 from hat_runtime.process import spare_collector
 from hat_runtime.security.exposure import check_dialled, check_exposed
@@ -195,8 +196,8 @@ async def serve_device(config: DeviceConfig) -> None:
 async def _serve_forever(config: DeviceConfig) -> None:
     async with running_device(config) as device:
         spare_collector()
-        print(f"hat device: {device.model_name} on {device.url}/v1, cloud {config.cloud}. Try:", flush=True)
-        print(_example(device, with_key=config.api_key_file is not None), flush=True)
+        announce(f"hat device: {device.model_name} on {device.url}/v1, cloud {config.cloud}. Try:")
+        announce(_example(device, with_key=config.api_key_file is not None))
         await asyncio.Event().wait()
 
 

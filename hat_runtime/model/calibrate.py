@@ -65,7 +65,7 @@ class BareModel:
         Raises:
             ModelError: its layers differ in their attention; they would need more than one mask.
         """
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
         self.config = self.model.config
         if len(set(getattr(self.config, "layer_types", None) or ["full_attention"])) > 1:
             raise ModelError(

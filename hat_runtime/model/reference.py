@@ -43,7 +43,9 @@ class LocalModel:
         transformers_logging.disable_progress_bar()  # a second bar beside the caller's
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True
+            ).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers cannot load {folder}: {error}") from error
         finally:

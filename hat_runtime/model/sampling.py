@@ -28,6 +28,9 @@ _MIX_2 = 0x94D049BB133111EB
 DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
 """Streams of noise for rejection sampling: drafting, the accept test, drawing what replaces a refused draft."""
 
+_COLDEST = 1e-200
+"""Colder is as this: any float32 logit over it is a float64 and the likeliest token wins, where less would overflow."""
+
 _NUCLEUS_GUESS = 256
 """Candidates tried first for top_p: sorting a whole vocabulary costs more than the layers of a small model."""
 
@@ -66,7 +69,7 @@ def kept_scores(
         logits: of a vocabulary, or of a part of one.
         params: temperature > 0.
     """
-    scores = logits.detach().to("cpu", torch.float64).numpy() / params.temperature
+    scores = logits.detach().to("cpu", torch.float64).numpy() / max(params.temperature, _COLDEST)
     if params.top_p < 1.0:
         ids = nucleus(scores, params.top_p)
         return ids, scores[ids]

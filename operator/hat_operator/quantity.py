@@ -6,25 +6,34 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from decimal import Decimal, localcontext
 
 _FORM = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+))(|[numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)$")
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}
+_LONGEST = 64
+"""Characters of a quantity that is read; with room for its exponent it fits Decimal's precision."""
+_MOST = 2**63 - 1
+"""The API server writes anything larger back as this."""
 
 
 def canonical(value: str | int) -> str:
     """The API server's form of a quantity.
 
     Raises:
-        ValueError: it is not a quantity, or is negative.
+        ValueError: it is not a quantity, is negative, or is more than Kubernetes can hold.
     """
-    match = _FORM.match(str(value).strip())
-    if match is None or str(value).startswith("-"):
-        raise ValueError(f"{value!r} is not a quantity (for example 500m or 4Gi)")
-    number, suffix = Decimal(match[1]), match[2]
+    text = str(value).strip()
+    match = _FORM.match(text) if len(text) <= _LONGEST else None
+    if match is None or text.startswith("-"):
+        raise ValueError(f"{text[:_LONGEST]!r} is not a quantity (for example 500m or 4Gi)")
+    with localcontext(prec=2 * _LONGEST):
+        return _canonical(text, Decimal(match[1]), match[2])
+
+
+def _canonical(value: str, number: Decimal, suffix: str) -> str:
     if suffix in _BINARY:
-        amount = number * 1024 ** _BINARY[suffix]
+        amount = _held(value, number * 1024 ** _BINARY[suffix])
         if amount >= 1024 and amount == amount.to_integral_value():
             return (
                 _shortest(int(amount) // 1024, 1024, list(_BINARY))
@@ -36,11 +45,17 @@ def canonical(value: str | int) -> str:
         exponent = int(suffix[1:])
         if abs(exponent) > 18:
             raise ValueError(f"{value!r} is not a quantity that Kubernetes can hold")
-        amount = number.scaleb(exponent)
+        amount = _held(value, number.scaleb(exponent))
         text = _decimal(amount)
         power = _DECIMAL[text.lstrip("0123456789")]
         return text.rstrip("numkMGTPE") + (f"e{power}" if power else "")
-    return _decimal(number.scaleb(_DECIMAL[suffix]))
+    return _decimal(_held(value, number.scaleb(_DECIMAL[suffix])))
+
+
+def _held(value: str, amount: Decimal) -> Decimal:
+    if amount > _MOST:
+        raise ValueError(f"{value!r} is not a quantity that Kubernetes can hold, at most {_MOST}")
+    return amount
 
 
 def _decimal(amount: Decimal) -> str:

@@ -24,6 +24,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "number": (int, float),
     "boolean": (bool,),
 }
+_INT_OR_STRING = "x-kubernetes-int-or-string"
 _RANGES = {"int32": 2**31, "int64": 2**63}
 
 Schema = Mapping[str, Any]
@@ -87,9 +88,13 @@ def _problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
 
 
 def _own_problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
-    if schema.get("x-kubernetes-int-or-string"):
+    if schema.get(_INT_OR_STRING):
         if isinstance(value, bool) or not isinstance(value, int | str):
             yield _text(path, value, "must be an integer or a string")
+        elif isinstance(value, str):
+            yield from _own_problems({**schema, "type": "string", _INT_OR_STRING: False}, value, path)
+        else:
+            yield from _own_problems({**schema, "type": "integer", _INT_OR_STRING: False}, value, path)
         return
     kind = schema.get("type", "object")
     if not _is_a(kind, value):
@@ -98,7 +103,7 @@ def _own_problems(schema: Schema, value: Any, path: str) -> Iterator[str]:
         return
     if "enum" in schema and value not in schema["enum"]:
         yield _text(path, value, f"must be one of {', '.join(map(str, schema['enum']))}")
-    if "pattern" in schema and not re.search(schema["pattern"], value):
+    if "pattern" in schema and kind == "string" and not re.search(schema["pattern"], value):
         yield _text(path, value, f"must match {schema['pattern']}")
     if (
         kind == "integer"

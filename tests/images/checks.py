@@ -79,12 +79,35 @@ def check_packages(built: Built, container: str) -> None:
     if built.name == "operator":
         assert set(found) - {"hat-platform"} == set(wanted)
         assert not {"torch", "transformers", "numpy"} & set(found)
+    listed = bill_of_materials(built, container)
+    # A torch that the base brings is not ours to list, with what only it needs.
+    own = locked(built, "--prune", "torch") if built.volumes else wanted
+    assert {name: listed.get(name) for name in own} == own
+    assert not built.volumes or "torch" not in listed
 
 
-def locked(built: Built) -> dict[str, str]:
+def bill_of_materials(built: Built, container: str) -> dict[str, str]:
+    """Name and version of what the image says that it holds."""
+    path = f"/opt/hat/share/sbom/hat-{built.name}.cdx.json"
+    said = json.loads(built.run(container, "cat", path))
+    assert (said["bomFormat"], said["specVersion"]) == ("CycloneDX", "1.5")
+    return {canonicalize_name(one["name"]): one["version"] for one in said["components"]}
+
+
+def locked(built: Built, *options: str) -> dict[str, str]:
     """Name and version of what uv.lock has for this image on this platform."""
     extras = [word for extra in EXTRAS[built.name] for word in ("--extra", extra)]
-    command = ["uv", "export", "--quiet", "--frozen", "--no-dev", "--no-hashes", "--no-emit-project", *extras]
+    command = [
+        "uv",
+        "export",
+        "--quiet",
+        "--frozen",
+        "--no-dev",
+        "--no-hashes",
+        "--no-emit-project",
+        *extras,
+        *options,
+    ]
     said = subprocess.run(
         [str(images.ROOT / "scripts" / "uv"), *command[1:]],
         cwd=images.ROOT,

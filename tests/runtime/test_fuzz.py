@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import random
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 import torch
 
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from tests.runtime.raw_client import LocalSplit, RawSession, channel_to, open_session, opening, states
+from tests.fuzz.frames import Nonsense, TokenNonsense
+from tests.fuzz.watch import Watch
+from tests.runtime.picospec_pair import Whole
+from tests.runtime.raw_client import LocalSplit, RawSession, channel_to, open_session, states
+from tests.runtime.test_picospec_protocol import PROMPT, first, step
 
 TEXT = torch.randint(3, 199, (60,), generator=torch.Generator().manual_seed(8))
 STATUSES = {
@@ -25,81 +28,9 @@ STATUSES = {
     grpc.StatusCode.NOT_FOUND,
 }
 """What a stream of nonsense may end with: never UNKNOWN or INTERNAL, which would be an exception in the server."""
+PAGES = 200
 
-
-class Nonsense:
-    """Messages that are nearly right, and bytes that are nearly messages."""
-
-    def __init__(self, seed: int, cloud: RunningCloud) -> None:
-        self.rng = random.Random(seed)
-        self.cloud = cloud
-
-    def stream(self) -> list[bytes]:
-        """The messages of one stream; most begin with a correct Open, so that the rest is reached."""
-        codec, decode_codec = (self.rng.choice(["raw", "raw", "int8", "int4"]) for _ in range(2))
-        right = opening(self.cloud, codec=codec, decode_codec=decode_codec)
-        first = right.SerializeToString() if self.rng.random() < 0.8 else self.message()
-        return [first, *(self.message() for _ in range(self.rng.randint(1, 6)))]
-
-    def message(self) -> bytes:
-        rng = self.rng
-        kind = rng.random()
-        if kind < 0.1:
-            return rng.randbytes(rng.choice([0, 1, 7, 200, 5000]))
-        data = (self.step() if kind < 0.8 else self.other()).SerializeToString()
-        return self.mutate(data) if rng.random() < 0.3 else data
-
-    def step(self) -> pb.DeviceMessage:
-        rng = self.rng
-        n = rng.choice([0, 1, 1, 2, 5, 30, 3000, 2**32 - 1])
-        encoded = rng.randbytes(min(n, 40) * rng.choice([82, 116]))  # of int4 and of int8
-        payload = rng.choice([self.rows(n), self.rows(n), encoded, rng.randbytes(rng.randint(0, 600)), b""])
-        return pb.DeviceMessage(
-            step=pb.Step(
-                epoch=rng.choice([0, 0, 1, 2**32 - 1]),
-                start_pos=rng.choice([0, 0, 0, 1, 5, 400, 2**32 - 1]),
-                n=n,
-                want=rng.choice([0, 1, 2, 3, 3, 77]),
-                payload=payload,
-                more=rng.random() < 0.1,
-                request_id=rng.choice(["", "x" * 5000, "\n\u202e"]),
-                decode=rng.random() < 0.3,
-            )
-        )
-
-    def rows(self, n: int) -> bytes:
-        values = [0.5, -3.0, 1e30, -1e38, 1e-40] + [float("nan"), float("inf")] * (self.rng.random() < 0.2)
-        count = min(n, 40) * 64
-        return (
-            torch.tensor([self.rng.choice(values) for _ in range(count)], dtype=torch.float32)
-            .numpy()
-            .tobytes()
-        )
-
-    def other(self) -> pb.DeviceMessage:
-        rng = self.rng
-        number = rng.choice([0.0, -1.0, 1e300, float("nan"), float("inf")])
-        return rng.choice(
-            [
-                opening(self.cloud, max_tokens=rng.choice([0, 1, 2**32 - 1])),
-                opening(
-                    self.cloud, tenant="t" * rng.choice([0, 70_000]), request_id=rng.choice(["", "\x00"])
-                ),
-                opening(self.cloud, resume=pb.Resume(session_id=rng.choice(["", "ab"]))),
-                pb.DeviceMessage(
-                    telemetry=pb.Telemetry(rtt_s=number, uplink_bytes_per_s=number, ttft_s=number)
-                ),
-                pb.DeviceMessage(),
-            ]
-        )
-
-    def mutate(self, data: bytes) -> bytes:
-        changed = bytearray(data)
-        for _ in range(self.rng.randint(1, 4)):
-            if changed:
-                at = self.rng.randrange(len(changed))
-                changed[at : at + self.rng.randint(0, 2)] = self.rng.randbytes(self.rng.randint(0, 2))
-        return bytes(changed)
+Check = Callable[[], Awaitable[None]]
 
 
 async def throw(channel: grpc.aio.Channel, messages: list[bytes]) -> grpc.StatusCode:
@@ -111,61 +42,112 @@ async def throw(channel: grpc.aio.Channel, messages: list[bytes]) -> grpc.Status
         await session.call.done_writing()
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
         pass  # refused before everything was sent
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         code, details = await session.end()
     # grpc.aio makes up a status of its own when a write meets a stream that the server has ended.
     return grpc.StatusCode.OK if details == "Internal error from Core" else code
 
 
-async def bombard(tiny_llama: Path, total: int, seed: int) -> None:
-    local = LocalSplit(tiny_llama)
+async def ask(channel: grpc.aio.Channel, request: bytes) -> grpc.StatusCode:
+    """Describe with raw bytes."""
+    try:
+        await channel.unary_unary("/hat.v1.Runtime/Describe")(request)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def bombard(cloud: RunningCloud, nonsense: Nonsense, check: Check, watch: Watch) -> None:
+    """Nonsense, eight streams at a time, and beside each such round a session that must stay right."""
+    options = (("grpc.max_receive_message_length", 1 << 20),)
+    async with grpc.aio.insecure_channel(cloud.address, options=options) as channel:
+        while watch.under_way:
+            streams = [nonsense.stream() for _ in range(8)]
+            *seen, _ = await asyncio.gather(
+                *(throw(channel, messages) for messages in streams),
+                ask(channel, nonsense.describe()),
+                check(),
+            )
+            watch.count(sum(map(len, streams)) + 1, *(code.name for code in seen))  # type: ignore[union-attr]
+    assert set(watch.outcomes) <= {status.name for status in STATUSES}
+    assert watch.outcomes["INVALID_ARGUMENT"]
+    assert watch.outcomes["OK"]
+    ended = {
+        sample.labels["code"]
+        for metric in cloud.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "hat_streams_ended_total"
+    }
+    assert ended <= {status.name for status in STATUSES} | {"CANCELLED"}
+    watch.end()
+
+
+async def all_free(cloud: RunningCloud) -> None:
+    for _ in range(100):
+        await cloud.engine.idle()
+        if cloud.engine.runner.cache.free_pages == PAGES:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("pages leaked")
+
+
+def config(model: Path, **fields: object) -> CloudConfig:
+    common = {"dtype": "float32", "kv_pages": PAGES, "page_tokens": 4, "drain_s": 0.1, "max_sessions": 16}
+    return CloudConfig(model, **(common | fields))  # type: ignore[arg-type]
+
+
+async def bombard_hat(model: Path, watch: Watch) -> None:
+    local = LocalSplit(model)
     shallow = local.shallow(TEXT)
     deep = local.deep(shallow)
-    config = CloudConfig(
-        tiny_llama, input_layers=2, dtype="float32", kv_pages=200, page_tokens=4, drain_s=0.1, max_sessions=16
-    )
-    async with running_cloud(config) as cloud, channel_to(cloud) as stub:
-        nonsense = Nonsense(seed, cloud)
+    async with running_cloud(config(model, input_layers=2)) as cloud, channel_to(cloud) as stub:
         canary = await open_session(stub, cloud)
-        sent, seen = 0, set()
-        process = psutil.Process()
-        grown_from = 0
-        async with grpc.aio.insecure_channel(cloud.address) as channel:
-            while sent < total:
-                streams = [nonsense.stream() for _ in range(8)]
-                sent += sum(map(len, streams))
-                await canary.step(0, shallow[:50], pb.WANT_NONE, epoch=0)
-                await canary.step(50, shallow[50:], pb.WANT_ALL, epoch=0)
-                seen |= set(await asyncio.gather(*(throw(channel, messages) for messages in streams)))
-                await canary.result()
-                torch.testing.assert_close(states(await canary.result()), deep[50:], atol=1e-3, rtol=0)
-                if sent >= total // 2 and not grown_from:
-                    grown_from = process.memory_info().rss
-        assert seen <= STATUSES, seen - STATUSES
-        assert grpc.StatusCode.INVALID_ARGUMENT in seen
-        ended = {
-            sample.labels["code"]
-            for metric in cloud.metrics.registry.collect()
-            for sample in metric.samples
-            if sample.name == "hat_streams_ended_total"
-        }
-        assert ended <= {status.name for status in STATUSES} | {"CANCELLED"}
-        assert process.memory_info().rss <= 1.05 * grown_from + (8 << 20)
+
+        async def right() -> None:
+            await canary.step(0, shallow[:50], pb.WANT_NONE, epoch=0)
+            await canary.step(50, shallow[50:], pb.WANT_ALL, epoch=0)
+            await canary.result()
+            torch.testing.assert_close(states(await canary.result()), deep[50:], atol=1e-3, rtol=0)
+
+        await bombard(cloud, Nonsense(watch.seed, cloud), right, watch)
         await canary.call.done_writing()
         await canary.end()
-        for _ in range(100):
-            await cloud.engine.idle()
-            if cloud.engine.runner.cache.free_pages == 200:
-                return
-            await asyncio.sleep(0.02)
-        raise AssertionError("pages leaked")
+        await all_free(cloud)
+
+
+async def bombard_tokens(model: Path, watch: Watch) -> None:
+    text = Whole(model).decode(PROMPT, 8)
+    async with running_cloud(config(model, mode="picospec")) as cloud, channel_to(cloud) as stub:
+        canary = await open_session(stub, cloud, mode="picospec", codec="tokens")
+
+        async def right() -> None:
+            await canary.send(first())
+            await canary.send(step(len(PROMPT), text[:3], 3))
+            assert (await canary.result()).verdict.next == text[0]
+            verdict = (await canary.result()).verdict
+            assert (verdict.accepted, verdict.refused, verdict.next) == (3, False, text[3])
+
+        await bombard(cloud, TokenNonsense(watch.seed, cloud, 199), right, watch)
+        await canary.call.done_writing()
+        await canary.end()
+        await all_free(cloud)
 
 
 async def test_fuzz_a_thousand_messages(tiny_llama: Path) -> None:
-    await bombard(tiny_llama, total=1_000, seed=1)
+    await bombard_hat(tiny_llama, Watch("messages of mode hat", seed=1, total=1_000))
+
+
+async def test_fuzz_a_thousand_messages_of_token_mode(tiny_llama: Path) -> None:
+    await bombard_tokens(tiny_llama, Watch("messages of mode picospec", seed=1, total=1_000))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(2, 6))
-async def test_fuzz_twenty_thousand_messages(tiny_llama: Path, seed: int) -> None:
-    await bombard(tiny_llama, total=20_000, seed=seed)
+@pytest.mark.timeout(3600)
+async def test_fuzz_many_messages(tiny_llama: Path) -> None:
+    await bombard_hat(tiny_llama, Watch("messages of mode hat", seed=2, total=35_000))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+async def test_fuzz_many_messages_of_token_mode(tiny_llama: Path) -> None:
+    await bombard_tokens(tiny_llama, Watch("messages of mode picospec", seed=3, total=35_000))

@@ -8,6 +8,7 @@ import torch
 
 from hat_runtime.device.sampling import SamplingParams, gumbel_noise, nucleus, sample
 from hat_runtime.errors import UsageError
+from hat_runtime.model.sampling import probabilities
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 1.5, 0.2])
 
@@ -109,3 +110,12 @@ def test_wrong_values_are_refused_by_name(field: dict[str, float]) -> None:
     name, value = next(iter(field.items()))
     with pytest.raises(UsageError, match=f"{name} is {value}"):
         SamplingParams(**field)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 5e-324])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-200, 1e-30])
+def test_the_coldest_temperatures_are_greedy(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([1e30, -3e38, 3e38, 2.9e38, 0.0])
+    params = SamplingParams(temperature, top_p, 5)
+    assert [sample(logits, params, position) for position in range(20)] == [2] * 20
+    assert probabilities(logits, params).tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]

@@ -11,12 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from hat_runtime import __version__
 from hat_runtime.device.api.answers import Answers, Piece, Served
-from hat_runtime.device.api.errors import RETRY_S, ApiError, echo, from_exception
+from hat_runtime.device.api.errors import CLIENT_GONE, RETRY_S, ApiError, echo, from_exception
 from hat_runtime.device.api.gate import Gate
 from hat_runtime.device.api.live import stats_routes
 from hat_runtime.device.api.middleware import RequestScope
@@ -214,12 +215,15 @@ async def _whole(
 
 async def _json_body(request: Request, limit: int) -> object:
     received = bytearray()
-    async for part in request.stream():
-        received += part
-        if len(received) > limit:
-            failure = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-            failure.headers["Connection"] = "close"  # the rest of the body is not read
-            raise failure
+    try:
+        async for part in request.stream():
+            received += part
+            if len(received) > limit:
+                failure = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+                failure.headers["Connection"] = "close"  # the rest of the body is not read
+                raise failure
+    except ClientDisconnect:
+        raise ApiError(CLIENT_GONE, "the client went away", code="client_gone") from None
     try:
         body = json.loads(received)
         if rb"\ud" in received.lower():  # half a surrogate pair is JSON, but no text

@@ -18,6 +18,8 @@ from hat_runtime.device.sampling import SamplingParams
 
 MAX_STOPS = 4
 MAX_PROMPTS = 128
+MAX_COUNT = 2**31 - 1
+"""Of tokens: far beyond any context, and still a number for everyone who reads it."""
 
 _NEVER = object()
 """Equal to no value that a client can send."""
@@ -94,14 +96,14 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     seed: Seed | None = None
     stop: list[str] = []
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    hat_chunk_tokens: int | None = Field(None, ge=0)
+    hat_chunk_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     hat_token_kinds: bool = False
 
     @field_validator("stop", mode="before")
@@ -170,7 +172,7 @@ class ChatRequest(_Request):
     """Body of POST /v1/chat/completions."""
 
     messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:

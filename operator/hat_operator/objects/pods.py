@@ -18,7 +18,7 @@ VIDEO_GROUP = 44
 """Group of the GPU's device nodes on Jetson Linux."""
 MODEL_FOLDER = "/model"
 PREPARED_FOLDER = f"{MODEL_FOLDER}/part"
-TOKEN_FOLDER = "/secrets/hub"
+TOKEN_FOLDER = "/secrets/hub"  # noqa: S105 (a path)
 START_S = 1800
 """A large model's weights may take this long from a slow volume to memory."""
 LEAVE_S = 5
@@ -146,7 +146,7 @@ def container(
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """A container that runs `hat` with `args`."""
-    variables = {"HOME": "/tmp", "HF_HOME": "/tmp/huggingface", **environment}
+    variables = {"HOME": "/tmp", "HF_HOME": "/tmp/huggingface", **environment}  # noqa: S108 (an emptyDir)
     return {
         "name": name,
         "image": image,
@@ -155,7 +155,7 @@ def container(
         "env": [{"name": key, "value": value} for key, value in variables.items()],
         "resources": dict(limits),
         "securityContext": dict(CONTAINER_SECURITY),
-        "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],
+        "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
     }
 
 

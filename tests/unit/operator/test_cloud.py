@@ -141,8 +141,8 @@ def test_resources(written: dict[str, Any], requests: dict[str, str], limits: di
 
 
 def test_what_is_no_quantity_is_named() -> None:
-    with pytest.raises(SpecError, match=r"spec\.cloud\.resources\.limits\.memory: 'much'"):
-        desired(hat(cloud={"resources": {"limits": {"memory": "much"}}}))
+    with pytest.raises(SpecError, match=r"spec\.cloud\.resources\.limits\.memory: '99999999Ei'"):
+        desired(hat(cloud={"resources": {"limits": {"memory": "99999999Ei"}}}))
 
 
 def test_image_by_version_registry_or_in_full() -> None:

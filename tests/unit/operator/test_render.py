@@ -90,7 +90,7 @@ def test_a_quantity_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureF
     body["spec"]["cloud"]["resources"] = {"requests": {"cpu": "fast"}}
     file.write_text(yaml.safe_dump(body))
     assert main(["render", "-f", str(file)]) == 2
-    assert "spec.cloud.resources.requests.cpu: 'fast'" in capsys.readouterr().err
+    assert 'spec.cloud.resources.requests.cpu: "fast": must match' in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

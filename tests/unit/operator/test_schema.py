@@ -33,6 +33,48 @@ def test_every_field_is_described() -> None:
     assert len(list(nodes(SCHEMA))) > 100
 
 
+def unbounded(node: dict[str, Any]) -> list[str]:
+    """What keeps a field from being bounded."""
+    if node.get("x-kubernetes-int-or-string"):
+        return [word for word in ("minimum", "maxLength", "pattern") if word not in node]
+    match node["type"]:
+        case "string":
+            return (
+                []
+                if {"maxLength", "enum"} & node.keys() or node.get("format") == "date-time"
+                else ["maxLength"]
+            )
+        case "array":
+            return [] if "maxItems" in node else ["maxItems"]
+        case "integer":
+            return [word for word in ("minimum", "maximum") if word not in node]
+        case "number":
+            return [] if "minimum" in node else ["minimum"]
+        case "object":
+            free = "properties" not in node and "maxProperties" not in node
+            return ["maxProperties"] if free else []
+        case kind:
+            return [] if kind == "boolean" else [kind]
+
+
+def test_every_field_is_bounded() -> None:
+    """So that no HatDeployment asks for a billion of anything, or fills etcd."""
+    found = {path: missing for path, node in nodes(SCHEMA) if (missing := unbounded(node))}
+    assert found.keys() <= {".apiVersion", ".kind", ".metadata"}  # Kubernetes' own
+
+
+def test_what_goes_into_commands_can_neither_be_an_option_nor_be_expanded() -> None:
+    """Strings of the spec become arguments, and Kubernetes replaces $(NAME) in those."""
+    for path in ("edge.api.modelName", "model.revision", "model.source.hub", "cloud.expose.host"):
+        for value in ("$(HOME)", "--listen=0.0.0.0:1", "a $(HOME)", "a\nb"):
+            wrong = body(edge={"deviceSelector": {"matchLabels": {"a": "b"}}})
+            change(wrong["spec"], path, value)
+            assert [line for line in problems(SCHEMA, wrong) if line.startswith(f"spec.{path}: ")], (
+                path,
+                value,
+            )
+
+
 def test_every_rule_that_needs_no_older_object_is_checked_without_an_api_server() -> None:
     rules = {rule["rule"] for _, node in nodes(SCHEMA) for rule in node.get("x-kubernetes-validations", ())}
     assert {rule for rule in rules if "oldSelf" not in rule} == set(RULES)
@@ -101,6 +143,18 @@ PICOSPEC: dict[str, Any] = {"mode": "picospec", "split": None, "model": {"source
             {"limits": {"cpu": [1]}},
             "spec.cloud.resources.limits.cpu: [1]: must be an integer",
         ),
+        (
+            "cloud.resources",
+            {"limits": {"cpu": -1}},
+            "spec.cloud.resources.limits.cpu: -1: must be at least 0",
+        ),
+        (
+            "cloud.resources",
+            {"limits": {"cpu": "lots"}},
+            'spec.cloud.resources.limits.cpu: "lots": must match',
+        ),
+        ("edge.api", {"modelName": "$(HAT_DEVICE_NAME)"}, "spec.edge.api.modelName"),
+        ("edge.weights", {"claim": {"name": "w", "path": "a/$(HOME)"}}, "spec.edge.weights.claim.path"),
         ("cloud.expose.type", "NodePort", "a NodePort needs the address"),
         ("cloud.expose.nodePort", 30000, "goes with type: NodePort only"),
         ("cloud.template.labels", {"hat.dev/x": "1"}, "belong to the operator"),
@@ -139,8 +193,8 @@ PICOSPEC: dict[str, Any] = {"mode": "picospec", "split": None, "model": {"source
         ("wire.downlink", "int8", "compressed hidden states are not available"),
         (
             "imagePullSecrets",
-            [{"name": ""}],
-            'spec.imagePullSecrets[0].name: "": must be at least 1 characters',
+            [{"name": "my secret"}],
+            'spec.imagePullSecrets[0].name: "my secret": must match',
         ),
     ],
 )
