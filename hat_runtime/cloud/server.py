@@ -127,6 +127,7 @@ class RuntimeService:
         self._devices = devices
         self._sessions: dict[str, tuple[Session, _Stream]] = {}
         self._draining = False
+        metrics.show_load(self._load.figures, lambda: engine.prompt_rows)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for `grpc.aio.Server.add_generic_rpc_handlers`; it counts bytes and survives garbage."""

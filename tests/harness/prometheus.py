@@ -51,6 +51,7 @@ class Prometheus:
         """Nothing is started yet; its files are in `folder`."""
         self._targets = targets
         self._address = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self._address}"
         self._config = folder / "prometheus.yml"
         self._log = folder / "prometheus.log"
         self._config.write_text(yaml.safe_dump(self._configuration()))
