@@ -73,6 +73,11 @@ class DeviceMetrics:
             buckets=_TBT_BUCKETS,
             registry=registry,
         )
+        self.offline_answers = Counter(
+            "hat_offline_answers",
+            "Answers of the small model alone, because the cloud was away (--offline draft-only).",
+            registry=registry,
+        )
         self.sessions_running = Gauge(
             "hat_num_sessions_running", "Requests being answered.", registry=registry
         )

@@ -61,6 +61,8 @@ class GenerationStats:
     cloud_compute_s: float = 0.0
     """Sum over the Steps, in the cloud's own clock. Steps that shared a pass count it each."""
     cloud_queue_s: float = 0.0
+    offline: bool = False
+    """The small model answered alone, because the cloud was away."""
     evictions: int = 0
     """Times that the cloud gave the KV cache or the session away and the device uploaded again."""
 
