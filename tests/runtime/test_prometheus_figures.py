@@ -51,8 +51,8 @@ async def test_what_prometheus_tells_is_what_the_cloud_tells(
         servers = PrometheusServers(no_secrets)
         assert servers.use(KEY, Reference(prometheus.url))
         # Short and long, alone and together: the cost model tells them apart, the link's rate is known.
-        for number in range(10):
-            await asyncio.gather(ask(pair, 6 + 11 * number), ask(pair, 20))
+        for number in range(8):
+            await asyncio.gather(ask(pair, 6 + 9 * number), ask(pair, 20))
         said = await asyncio.to_thread(listed, pair)
         (there,) = said.reports
         assert said.tuning.cost is not None
