@@ -88,7 +88,7 @@ class PrometheusServers:
         source = f"the Prometheus server {server.where.url}"
         if _is_fresh(server):
             return MetricsSeen(telling=1, source=source)
-        if time.monotonic() - server.since < FRESH_S:
+        if server.told.sampled is None and time.monotonic() - server.since < FRESH_S:
             return MetricsSeen(asked=1, source=source)
         return MetricsSeen(silent=1, error=server.error or _without_samples(key), source=source)
 
