@@ -26,6 +26,7 @@ examples:
   hat device serve --model ./smollm2 --cloud 127.0.0.1:7070
   hat device serve --model ./smollm2 --cloud 10.0.0.5:7070 --tls ./tls --listen 0.0.0.0:8000 --api-key-file keys.txt
   hat device serve --mode picospec --draft-model ./small --model ./smollm2 --cloud 10.0.0.5:7070 --tls ./tls
+  hat device serve --mode picospec --model ./smollm2 --cloud 10.0.0.5:7070 --tls ./tls --offline draft-only
 
 Then talk to it with any OpenAI client whose base URL is http://HOST:PORT/v1.
 """
@@ -124,6 +125,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time that running answers get to finish after SIGTERM or Ctrl-C (default %(default)s)",
     )
+    serve.add_argument(
+        "--offline",
+        choices=("refuse", "draft-only"),
+        default="refuse",
+        help="what new requests get while the cloud is away. refuse: status 503, to be tried again; draft-only: the "
+        "small model of --mode picospec or --drafter model:FOLDER answers alone, and every such answer is marked "
+        "(default %(default)s)",
+    )
     add_logging(serve)
     serve.set_defaults(run=run_serve)
 
@@ -175,6 +184,7 @@ def run_serve(args: argparse.Namespace) -> int:
         tls=args.tls,
         insecure=args.insecure,
         grace_s=args.grace,
+        offline=args.offline,
         cloud_wait_s=math.inf,
         drafter=args.drafter,
         generator=GeneratorConfig(

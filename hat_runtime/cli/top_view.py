@@ -99,7 +99,8 @@ def _state(stats: dict[str, Any]) -> Text:
     elif cloud["ok"] is None:
         line = Text(f"cloud {cloud['address']}: not known yet")
     else:
-        line = Text(f"the cloud does not answer: {cloud['reason']}", style="bold red")
+        alone = "; the small model answers alone" if stats.get("offline") == "draft-only" else ""
+        line = Text(f"the cloud does not answer{alone}: {cloud['reason']}", style="bold red")
     rounds = stats.get("tokens_per_round")
     parts = [
         f"mode {stats['mode']}" if "mode" in stats else "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from hat_runtime.control.pass_cost import PassCost
@@ -43,6 +45,13 @@ class CloudMetrics:
         self.queue_seconds = histogram(
             "cloud_queue_seconds", "From a Step's arrival to its first pass", SECONDS
         )
+        self.step_wait = gauge(
+            "step_wait_seconds", "What a Step waits for its pass, as of the latest twenty or so"
+        )
+        self.step_company = gauge(
+            "step_company_tokens", "Rows of others in a Step's pass, as of the same ones"
+        )
+        self.prompt_rows = gauge("pass_prompt_tokens", "Most rows of prompts in one pass")
         self.batch_tokens = histogram("batch_tokens", "Rows in an engine pass", TOKENS)
         self.forward_seconds = counter("forward_seconds", "Time inside the model's layers")
         self.engine_seconds = counter(
@@ -65,6 +74,17 @@ class CloudMetrics:
         )
         self.device_rtt = histogram("link_rtt_seconds", "Round-trip time that devices report", SECONDS)
         self.device_ttft = histogram("time_to_first_token_seconds", "TTFT that devices report", SECONDS)
+
+    def show_load(self, load: Callable[[], Mapping[str, float]], prompt_rows: Callable[[], int]) -> None:
+        """Ask these two at each scrape.
+
+        Args:
+            load: `wait_s` and `company_tokens`, as Load.figures.
+            prompt_rows: most rows of prompts in one pass, as things stand.
+        """
+        self.step_wait.set_function(lambda: load()["wait_s"])
+        self.step_company.set_function(lambda: load()["company_tokens"])
+        self.prompt_rows.set_function(prompt_rows)
 
     def saw_cost(self, predicted_s: float | None, cost: PassCost | None) -> None:
         """Show what the cost model expected of a pass, in seconds, and the model; None where there is none yet."""

@@ -72,6 +72,7 @@ class RuntimeService:
         self._lost = LostSessions(engine.close, ttl_s=resume_ttl_s, most=served.limits.max_sessions)
         self._draining = False
         self._broken: str | None = None
+        metrics.show_load(self._load.figures, lambda: engine.prompt_rows)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for `grpc.aio.Server.add_generic_rpc_handlers`; it counts bytes and survives garbage."""

@@ -80,6 +80,12 @@ class Generator:
         self.policy = DraftPolicy(self.config.drafting, model.drafter is not None)
         if model.drafter is not None:
             self.policy.calibration = model.drafter.calibration
+        self.metrics.show_device(
+            contact_age_s=lambda: link.contact_age_s,
+            acceptance=lambda: link.acceptance.rate,
+            shallow_s_per_token=lambda: model.shallow_s_per_token,
+            row_bytes=binding.prompt_row_bytes,
+        )
         self.conversations = ConversationStore(
             model,
             self.metrics,

@@ -16,7 +16,10 @@ CORRECTED = "corrected"
 PLAIN = "plain"
 """The target's own token where no draft was: behind the drafts of a round, or without any."""
 
-KINDS = (ACCEPTED, ALTERNATIVE, CORRECTED, PLAIN)
+UNCHECKED = "unchecked"
+"""The small model's own token, while the cloud is away and nobody checks it (offline.py)."""
+
+KINDS = (ACCEPTED, ALTERNATIVE, CORRECTED, PLAIN, UNCHECKED)
 
 
 def kinds_of(turn: Turn) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ class CloudLink(CloudView):
         """The cloud's minor protocol version as of the last Describe."""
         self._telemetry_at_s = 0.0
         self.channels = Channels(address, tls, keepalive_s)
+        self._answered_s: float | None = None
+        """time.monotonic() of the last Result."""
+
+    @property
+    def contact_age_s(self) -> float:
+        """Seconds since the cloud answered a Step last; NaN before the first."""
+        return math.nan if self._answered_s is None else time.monotonic() - self._answered_s
 
     async def describe(self, *, padding: int = 0, reply_padding: int = 0) -> pb.DescribeReply:
         """What the cloud serves.
@@ -199,7 +207,7 @@ class CloudLink(CloudView):
         """Note the timing of a Step that was answered just now (called by the sessions)."""
         self.metrics.cloud_queue.observe(queue_s)
         self.metrics.cloud_step.observe(compute_s)
-        received_s = time.monotonic()
+        received_s = self._answered_s = time.monotonic()
         self.learn(sent_bytes, submitted_s, received_s, queue_s, compute_s, company, alone=alone, chunk=chunk)
         self.metrics.link_rtt.set(self.estimate.rtt_s)
         self.metrics.link_uplink.set(self.estimate.uplink_bytes_per_s)

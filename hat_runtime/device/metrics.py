@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
@@ -90,6 +93,11 @@ class DeviceMetrics:
             buckets=_TBT_BUCKETS,
             registry=registry,
         )
+        self.offline_answers = Counter(
+            "hat_offline_answers",
+            "Answers of the small model alone, because the cloud was away (--offline draft-only).",
+            registry=registry,
+        )
         self.sessions_running = Gauge(
             "hat_num_sessions_running", "Requests being answered.", registry=registry
         )
@@ -110,6 +118,27 @@ class DeviceMetrics:
         self.link_uplink = Gauge(
             "hat_link_uplink_bytes_per_second",
             "Uplink rate, as prompt chunks told it; 0 until one did.",
+            registry=registry,
+        )
+        self.contact_age = Gauge(
+            "hat_cloud_contact_age_seconds",
+            "Since the cloud answered a Step last; NaN before the first.",
+            registry=registry,
+        )
+        self.contact_age.set(math.nan)
+        self.acceptance = Gauge(
+            "hat_acceptance_ratio",
+            "Share of the last hundred or so guessed tokens that the target agreed with; 0 where none was.",
+            registry=registry,
+        )
+        self.shallow = Gauge(
+            "hat_shallow_token_seconds",
+            "Time of the device's own layers for a token of a prompt, latest pass; 0 until there was one.",
+            registry=registry,
+        )
+        self.row_bytes = Gauge(
+            "hat_prompt_row_bytes",
+            "Bytes of a prompt's token on their way to the cloud; 0 where token ids travel.",
             registry=registry,
         )
         self.predicted_ttft = Gauge(
@@ -133,3 +162,24 @@ class DeviceMetrics:
         self.kv_usage = Gauge(
             "hat_kv_cache_usage_ratio", "Share of the device's KV pages in use.", registry=registry
         )
+
+    def show_device(
+        self,
+        *,
+        contact_age_s: Callable[[], float],
+        acceptance: Callable[[], float],
+        shallow_s_per_token: Callable[[], float],
+        row_bytes: float,
+    ) -> None:
+        """What a device tells the cloud by Telemetry, for those who ask a Prometheus server instead.
+
+        Args:
+            contact_age_s: asked at each scrape: an age, so that no clock of another machine is needed to read it.
+            acceptance: asked at each scrape, 0 to 1.
+            shallow_s_per_token: asked at each scrape, in seconds.
+            row_bytes: of a prompt's row.
+        """
+        self.contact_age.set_function(contact_age_s)
+        self.acceptance.set_function(acceptance)
+        self.shallow.set_function(shallow_s_per_token)
+        self.row_bytes.set(row_bytes)

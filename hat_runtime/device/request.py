@@ -63,6 +63,8 @@ class GenerationStats:
     cloud_queue_s: float = 0.0
     resumes: int = 0
     """Times that the cloud was lost and the answer went on."""
+    offline: bool = False
+    """The small model answered alone, because the cloud was away."""
     evictions: int = 0
     """Times that the cloud gave the KV cache or the session away and the device uploaded again."""
 

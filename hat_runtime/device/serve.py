@@ -15,7 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from hat_runtime import http
-from hat_runtime.device.api.answers import Served
+from hat_runtime.device.api.answers import Offline, Served
 from hat_runtime.device.api.app import MAX_BODY_BYTES, Api, make_app
 from hat_runtime.device.api.gate import Gate
 from hat_runtime.device.api.stream import KEEP_ALIVE_S
@@ -24,6 +24,7 @@ from hat_runtime.device.connect import connect
 from hat_runtime.device.drafting.factory import AUTO, check_name
 from hat_runtime.device.generator import Generator, GeneratorConfig
 from hat_runtime.device.metrics import DeviceMetrics
+from hat_runtime.device.offline import CHOICES, DRAFT_ONLY, REFUSE, CloudPresence, OfflineGenerator
 from hat_runtime.device.token_answer import SpeculationConfig
 from hat_runtime.device.token_connect import connect_tokens
 from hat_runtime.device.token_steps import MODE
@@ -85,6 +86,8 @@ class DeviceConfig:
     keep_alive_s: float = KEEP_ALIVE_S
     grace_s: float = 10.0
     """For running answers when the server ends."""
+    offline: str = REFUSE
+    """What new requests get while the cloud is away: "refuse" an error, "draft-only" the small model's own answer."""
     cloud_wait_s: float = 0.0
     """How long to try to reach the cloud while starting."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -98,6 +101,13 @@ class DeviceConfig:
             raise UsageError(f"--max-waiting {self.max_waiting}: must be 0 or more")
         if self.mode == MODE and self.draft_model is None:
             raise UsageError("--mode picospec needs --draft-model")
+        if self.offline not in CHOICES:
+            raise UsageError(f"--offline {self.offline!r}: must be one of {', '.join(CHOICES)}")
+        if self.offline == DRAFT_ONLY and self.mode != MODE and not self.drafter.startswith("model:"):
+            raise UsageError(
+                f"--offline {DRAFT_ONLY} needs a whole small model on this device: --drafter model:FOLDER or --mode "
+                f"picospec. With --drafter {self.drafter} only a part of a model is here, without text of its own"
+            )
         if self.grace_s < 0:
             raise UsageError(f"--grace {self.grace_s}: must be 0 or more seconds")
         check_dialled(self.cloud, self.tls, insecure=self.insecure)
@@ -143,6 +153,7 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
         measure_expiry(tls, metrics.registry)
     gate = Gate(config.max_concurrent, config.max_waiting)
     generator: Generator | None = None
+    presence = CloudPresence(lambda: check_cloud())
 
     async def check_cloud() -> None:
         assert generator is not None
@@ -164,12 +175,16 @@ async def running_device(config: DeviceConfig) -> AsyncIterator[RunningDevice]:
             encoder = await asyncio.to_thread(_load_encoder, config.model)
             generator = await _connect(config, metrics, api, tls)
             revision = generator.binding.model_revision[:12]
-            api.served = Served(generator, encoder, f"hat_{revision}")
+            offline = None
+            if config.offline == DRAFT_ONLY:
+                offline = Offline(OfflineGenerator(generator), presence)
+            api.served = Served(generator, encoder, f"hat_{revision}", offline)
             yield RunningDevice(url, config.name, generator, metrics)
         finally:
             try:
                 await gate.drain(config.grace_s)
             finally:
+                await presence.close()
                 if generator is not None:
                     await generator.close()
 

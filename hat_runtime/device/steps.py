@@ -44,6 +44,11 @@ class Binding:
         """Whether all rows are encoded alike."""
         return self.codec == self.decode_codec
 
+    @property
+    def prompt_row_bytes(self) -> int:
+        """Bytes of a prompt's row on the wire; 0 in token mode, where no rows travel."""
+        return 0 if self.mode else self.encoding(False).row_bytes(self.hidden_size, self.dtype)
+
     def encoding(self, decode: bool) -> RowCodec:
         """The codec of a prompt's rows or of all others. Raises ValueError if it has no such codec."""
         return codec_named(self.decode_codec if decode else self.codec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,23 @@ def parse(body: bytes, now: float) -> Said:
     rows = content.get("devices") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise ValueError("an object with a list `devices` is missing")
+    return Said(reports(rows, now), tuning(content), _policy_version(content))
+
+
+def parse_policy(body: bytes) -> Said:
+    """An answer to GET /v1/policy, of which only the version counts.
+
+    Raises:
+        ValueError: it is no object.
+    """
+    content = json.loads(body)
+    if not isinstance(content, dict):
+        raise ValueError("it is no policy")
+    return Said(policy_version=_policy_version({"policy_version": content.get("version")}))
+
+
+def reports(rows: Sequence[Any], now: float) -> list[Report]:
+    """The rows that are devices and were heard lately, as /v1/devices has them; `now` in monotonic seconds."""
     found = []
     for row in rows[:MAX_ROWS]:
         name, age = (
@@ -59,9 +76,12 @@ def parse(body: bytes, now: float) -> Said:
             continue
         if isinstance(age, int | float) and 0 <= age <= STALE_S:
             found.append(Report(name, now - age, figures.from_report(row), _seen(row)))
+    return found
+
+
+def _policy_version(content: Mapping[str, Any]) -> int | None:
     version = content.get("policy_version")
-    known = isinstance(version, int) and not isinstance(version, bool) and version >= 0
-    return Said(found, _tuning(content), version if known else None)
+    return version if isinstance(version, int) and not isinstance(version, bool) and version >= 0 else None
 
 
 def newest(reports: Iterable[Iterable[Report]], now: float) -> dict[str, Report]:
@@ -89,7 +109,8 @@ def _seen(row: Mapping[str, Any]) -> DeviceSeen:
     )
 
 
-def _tuning(content: Mapping[str, Any]) -> CloudTuning:
+def tuning(content: Mapping[str, Any]) -> CloudTuning:
+    """Cost and load of a replica, from the objects `cost` and `load` of /v1/devices; what is no figure is not known."""
     load = content.get("load")
     load = load if isinstance(load, dict) else {}
     rows = int(min(_number(load, "prompt_rows"), 2**31))

@@ -28,23 +28,29 @@ DEVICE_POLLS = Counter(
     "Questions to pods of the cloud about their devices, by result.",
     ["result"],
 )
+PROMETHEUS_QUERIES = Counter(
+    "hat_operator_prometheus_queries_total",
+    "Questions to the Prometheus servers that HatDeployments name, by result.",
+    ["result"],
+)
 POLICY_PUSHES = Counter(
     "hat_operator_policy_pushes_total", "Chunk policies sent to pods of the cloud, by result.", ["result"]
 )
 for _result in ("ok", "failed"):
     DEVICE_POLLS.labels(_result)
+    PROMETHEUS_QUERIES.labels(_result)
     POLICY_PUSHES.labels(_result)
 POLICY_CHANGES = Counter(
     "hat_operator_policy_changes_total", "New chunk policies of a HatDeployment.", ["namespace", "name"]
 )
 POLICY_FROZEN = Gauge(
     "hat_operator_policy_frozen",
-    "1 while no pod of a HatDeployment's cloud gives figures, so that its chunk policy stays as it is.",
+    "1 while nothing fresh is known of a HatDeployment's cloud, so that its chunk policy stays as it is.",
     ["namespace", "name"],
 )
 POLICY_AGE = Gauge(
     "hat_operator_policy_age_seconds",
-    "Since a pod gave the figures behind a HatDeployment's chunk policy; 0 while it has no ready pods.",
+    "Since fresh figures for a HatDeployment's chunk policy came; 0 while it has no ready pods.",
     ["namespace", "name"],
 )
 CERTIFICATES_SIGNED = Counter(

@@ -96,6 +96,8 @@ class Reconciler:
             if completed is not body:
                 body = completed
                 hat = HatDeployment.parse(body)
+            if self._telemetry is not None:
+                self._telemetry.follow(hat)
             cloud, edge = await self._sides(hat, body)
         except SpecError as error:
             await self._write_invalid(body, str(error))
@@ -249,6 +251,8 @@ class Reconciler:
 
     def _forget(self, namespace: str, name: str) -> None:
         self._pace.forget((namespace, name))
+        if self._telemetry is not None:
+            self._telemetry.forget(namespace, name)
         if self._loop is not None:
             self._loop.forget(namespace, name)
         self._identities.forget(namespace, name)

@@ -10,7 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hat_operator.prometheus_ref import URL
+
 _RESOURCES = ("cpu", "memory", "ephemeral-storage")
+_PROMETHEUS_URL = f"self == '' || self.matches('^{URL.pattern.replace(chr(92), chr(92) * 2)}$')"
 _SAMPLERS = {"hat": ("coupled", "rejection"), "picospec": ("coupled", "thinning", "topk")}
 
 
@@ -53,6 +56,9 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ): _has_draft_model,
     "self.mode == 'hat' || !has(self.edge) || !has(self.edge.weights)": lambda self: (
         self["mode"] == "hat" or "weights" not in self.get("edge", {})
+    ),
+    "self.mode == 'picospec' || !has(self.edge) || self.edge.offline == 'refuse'": lambda self: (
+        self["mode"] == "picospec" or self.get("edge", {}).get("offline", "refuse") == "refuse"
     ),
     "self.mode == 'hat' || self.speculation.drafter == 'auto'": lambda self: (
         self["mode"] == "hat" or self["speculation"]["drafter"] == "auto"
@@ -139,6 +145,13 @@ RULES: dict[str, Callable[[Any], bool]] = {
         )
     ),
     "self.l4t == '' || self.arch == 'arm64'": lambda self: self["l4t"] == "" or self["arch"] == "arm64",
+    _PROMETHEUS_URL: lambda self: self == "" or URL.fullmatch(self) is not None,
+    "!has(self.prometheusTokenSecretRef) || self.prometheusUrl.startsWith('https://')": lambda self: (
+        "prometheusTokenSecretRef" not in self or self.get("prometheusUrl", "").startswith("https://")
+    ),
+    "!has(self.prometheusCaRef) || self.prometheusUrl.startsWith('https://')": lambda self: (
+        "prometheusCaRef" not in self or self.get("prometheusUrl", "").startswith("https://")
+    ),
     "self == 'none'": lambda self: bool(self == "none"),
     (
         "!has(self.deniedDevices) || size(self.deniedDevices) == 0 || !has(self.tls) || self.tls != 'off'"

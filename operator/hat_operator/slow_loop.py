@@ -1,7 +1,8 @@
 """The slow loop: after each round of questions to the cloud's pods, a policy of chunk sizes for each HatDeployment.
 
 The pods get it at once. A ConfigMap holds it for pods that start; the reconcile writes it, on large changes only. Pods
-that do not answer freeze it: without fresh figures nothing moves.
+that do not answer freeze it, as does a Prometheus server that is to know their figures and does not: without fresh
+figures nothing moves.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Loop:
     stored_at: float
     """Monotonic seconds of the last change of it, or of the first look."""
     fresh_at: float
-    """When a pod answered last."""
+    """When there were fresh figures last."""
     news: News
 
 
@@ -100,14 +101,15 @@ class SlowLoop:
     async def _one(self, key: Key, loop: _Loop, session: aiohttp.ClientSession) -> None:
         now, pods = time.monotonic(), self._telemetry.pods(*key)
         telling = [pod for pod in pods if pod.answered is not None and not pod.error]
-        if telling:
+        tunings = self._telemetry.tunings(*key)
+        if telling and tunings:
             loop.fresh_at = now
             fresh = {
                 name: report.seen
                 for name, report in self._telemetry.reports(*key).items()
                 if now - report.contact <= FRESH_S
             }
-            cloud, rule = common([pod.said.tuning for pod in telling]), loop.rule
+            cloud, rule = common(tunings), loop.rule
             # Some milliseconds of arithmetic for each device.
             policy = await asyncio.to_thread(next_policy, loop.policy, rule, cloud, fresh)
             if self._loops.get(key) is not loop:

@@ -1,10 +1,23 @@
-"""Where weights come from: a hub, or a folder inside a PersistentVolumeClaim."""
+"""Where things come from: weights from a hub or a PersistentVolumeClaim, secrets from a key of a Secret."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from hat_operator.fields import Fields, SpecError
+
+
+@dataclass(frozen=True)
+class SecretKey:
+    """One key of a Secret."""
+
+    name: str
+    key: str
+
+    @classmethod
+    def parse(cls, fields: Fields) -> SecretKey:
+        """Read a reference. Raises SpecError."""
+        return cls(fields.text("name"), fields.text("key"))
 
 
 @dataclass(frozen=True)

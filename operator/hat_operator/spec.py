@@ -10,20 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hat_operator.fields import Fields, SpecError
-from hat_operator.sources import Claim, Source
+from hat_operator.prometheus_ref import Prometheus
+from hat_operator.sources import Claim, SecretKey, Source
 from hat_operator.tuning import Chunking, Speculation, Wire
 
-__all__ = ["HatDeployment", "SpecError"]
+__all__ = ["HatDeployment", "SecretKey", "SpecError"]
 
 Quantities = Mapping[str, str | int]
-
-
-@dataclass(frozen=True)
-class SecretKey:
-    """One key of a Secret."""
-
-    name: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -125,6 +118,8 @@ class Edge:
     api: Api
     weights: Claim | None
     template: Template
+    offline: str
+    """What devices do while the cloud is away: refuse or draft-only."""
     deletion_timeout_s: int
 
 
@@ -165,6 +160,8 @@ class Spec:
     security: Security
     log_level: str
     pod_monitor: str
+    prometheus: Prometheus | None
+    """Whom the operator asks for figures; None: the cloud's pods."""
 
     @property
     def edge_cluster(self) -> ClusterRef | None:
@@ -231,6 +228,7 @@ def _spec(spec: Fields) -> Spec:
         security=_security(spec.sub("security")),
         log_level=spec.sub("observability").text("logLevel"),
         pod_monitor=spec.sub("observability").text("podMonitor"),
+        prometheus=Prometheus.parse(spec.sub("observability")),
     )
     if parsed.edge is not None:
         _check_devices_model(parsed, parsed.edge)
@@ -310,6 +308,7 @@ def _edge(edge: Fields) -> Edge:
         ),
         weights=None if weights is None else Claim.parse(weights.sub("claim")),
         template=_template(edge.sub("template")),
+        offline=edge.text("offline", "refuse"),
         deletion_timeout_s=edge.number("deletionTimeoutSeconds"),
     )
 
@@ -326,7 +325,7 @@ def _cluster(cluster: Fields | None) -> ClusterRef | None:
 
 
 def _secret(secret: Fields | None) -> SecretKey | None:
-    return None if secret is None else SecretKey(secret.text("name"), secret.text("key"))
+    return None if secret is None else SecretKey.parse(secret)
 
 
 def _resources(resources: Fields | None) -> Resources:

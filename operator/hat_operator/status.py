@@ -51,6 +51,8 @@ class MetricsSeen:
     """Ready pods that have not answered yet, but were not asked long ago."""
     error: str = ""
     """What one of the silent ones said instead."""
+    source: str = ""
+    """Who was asked in their place, in words; then the counts are of it."""
 
     @property
     def frozen(self) -> bool:
@@ -296,15 +298,21 @@ def _metrics(hat: HatDeployment, seen: MetricsSeen) -> Finding:
         return Finding("Unknown", "Suspended", "spec.suspend is true")
     if hat.spec.cloud.replicas == 0:
         return Finding("Unknown", "ScaledToZero", "spec.cloud.replicas is 0")
+    if seen.telling and seen.source:
+        return Finding("True", "PrometheusTells", f"{seen.source} tells of cloud and devices")
     if seen.telling:
         return Finding("True", "ReplicasTell", "the cloud's replicas tell of their devices")
     if seen.frozen:
         text = f"no replica of the cloud tells of its devices: {seen.error}"
+        if seen.source:
+            text = f"{seen.source} tells nothing of cloud and devices: {seen.error}"
         if adaptive(hat.spec.mode, hat.spec.chunking):
             return Finding(
                 "False", "PolicyFrozen", f"chunk sizes proposed to devices stay as they are; {text}"
             )
-        return Finding("False", "ReplicasSilent", text)
+        return Finding("False", "PrometheusSilent" if seen.source else "ReplicasSilent", text)
+    if seen.source:
+        return Finding("Unknown", "NoReplicaAnswered", f"{seen.source} has told nothing of the cloud yet")
     return Finding(
         "Unknown", "NoReplicaAnswered", "no ready replica of the cloud has told of its devices yet"
     )

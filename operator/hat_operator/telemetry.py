@@ -1,4 +1,8 @@
-"""Collects what the cloud's pods know of the devices: devices are behind NAT, so nobody else can ask them."""
+"""Collects what the cloud's pods know of the devices: devices are behind NAT, so nobody else can ask them.
+
+Where a HatDeployment names a Prometheus server that has their metrics, that one tells, and pods say only which policy
+they have.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,17 @@ import aiohttp
 
 from hat_operator import events, metrics, names
 from hat_operator.admin import Door, Doors
-from hat_operator.answers import Report, Said, newest, parse
+from hat_operator.answers import Report, Said, newest, parse, parse_policy
+from hat_operator.bounded import read_at_most
 from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.devices import is_ready
 from hat_operator.figures import CONTACT, Figures
 from hat_operator.identity.authority import AuthorityError
 from hat_operator.kinds import POD
+from hat_operator.policy import CloudTuning
+from hat_operator.policy_push import POLICY_PATH
+from hat_operator.prometheus import PrometheusServers
+from hat_operator.spec import HatDeployment
 from hat_operator.status import MetricsSeen
 
 log = logging.getLogger(__name__)
@@ -72,11 +81,21 @@ class Telemetry:
         self._every_s = every_s
         self._silent_s = max(SILENT_S, 2.5 * every_s)
         self._soon = asyncio.Event()
+        self._servers = PrometheusServers(home)
         self._pods: dict[Key, dict[str, Pod]] | None = None
         """Of each HatDeployment, by the pod's uid; None before the first round.
 
         A pod that does not answer keeps what it said last.
         """
+
+    def follow(self, hat: HatDeployment) -> None:
+        """Take a HatDeployment's figures from where its spec says; each reconcile calls this."""
+        if self._servers.use((hat.namespace, hat.name), hat.spec.prometheus):
+            self.hurry()
+
+    def forget(self, namespace: str, name: str) -> None:
+        """The HatDeployment is gone."""
+        self._servers.use((namespace, name), None)
 
     def figures(self, namespace: str, name: str) -> dict[str, Figures]:
         """The newest figures of each device of a HatDeployment, and its last contact."""
@@ -87,12 +106,25 @@ class Telemetry:
         }
 
     def reports(self, namespace: str, name: str) -> dict[str, Report]:
-        """The newest report of each device of a HatDeployment, as the pod gave it that heard the device last."""
+        """The newest report of each device of a HatDeployment, as the pod gave it that heard the device last.
+
+        From the Prometheus server instead, where the HatDeployment names one.
+        """
+        if self._servers.named((namespace, name)):
+            return newest((self._servers.told((namespace, name)).reports,), time.monotonic())
         return newest((pod.said.reports for pod in self.pods(namespace, name)), time.monotonic())
 
     def pods(self, namespace: str, name: str) -> list[Pod]:
         """The ready pods of a HatDeployment's cloud at the last round."""
         return list((self._pods or {}).get((namespace, name), {}).values())
+
+    def tunings(self, namespace: str, name: str) -> list[CloudTuning]:
+        """Cost and load of a HatDeployment's replicas as of the last round; none: nothing of now is known."""
+        if self._servers.named((namespace, name)):
+            known = self._servers.fresh((namespace, name))
+            return self._servers.told((namespace, name)).tunings if known else []
+        pods = self.pods(namespace, name)
+        return [pod.said.tuning for pod in pods if pod.answered is not None and not pod.error]
 
     def has_policy(self, key: Key, pod: Pod, version: int) -> None:
         """A pod has taken a policy since it was asked."""
@@ -114,7 +146,13 @@ class Telemetry:
         telling = [pod for pod in pods if pod.answered is not None and pod.answered >= limit]
         silent = [pod for pod in pods if (pod.answered or pod.asked) < limit]
         error = min((pod.error for pod in silent), default="")
-        return MetricsSeen(len(telling), len(silent), len(pods) - len(telling) - len(silent), error)
+        seen = MetricsSeen(len(telling), len(silent), len(pods) - len(telling) - len(silent), error)
+        # Replicas that do not answer get no policy either, whatever a Prometheus server knows.
+        return (
+            self._servers.seen((namespace, name))
+            if telling and self._servers.named((namespace, name))
+            else seen
+        )
 
     async def run(self, after: Callable[[aiohttp.ClientSession], Awaitable[None]] | None = None) -> None:
         """Ask, round after round, until cancelled; call `after` at the end of each."""
@@ -149,7 +187,8 @@ class Telemetry:
             pods += [pod for pod in listed if is_ready(pod)]
         slots = asyncio.Semaphore(PARALLEL)
         begin = time.monotonic()
-        answers = await asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
+        asking = asyncio.gather(*(self._ask(session, slots, pod) for pod in pods))
+        answers, _ = await asyncio.gather(asking, self._servers.ask_all(session))
         for pod, (door, answer) in zip(pods, answers, strict=True):
             key, uid = _owner(pod), pod["metadata"]["uid"]
             known = replace(before.get(key, {}).get(uid, Pod(uid, door, begin)), door=door)
@@ -164,16 +203,20 @@ class Telemetry:
         self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Mapping[str, Any]
     ) -> tuple[Door, Said | str]:
         """What the pod says, or why it says nothing."""
-        door = Door("")
+        door, url = Door(""), ""
+        read: Callable[[bytes, float], Said] = parse
         try:
             door = await self._doors.of(pod)
-            async with slots, session.get(door.url, allow_redirects=False, **door.options) as response:
+            url = door.url
+            if self._servers.named(_owner(pod)):
+                url, read = door.at(POLICY_PATH), lambda body, now: parse_policy(body)
+            async with slots, session.get(url, allow_redirects=False, **door.options) as response:
                 if response.status != 200:
                     raise ValueError(f"status {response.status}")
-                found = parse(await _body(response), time.monotonic())
+                found = read(await read_at_most(response, MAX_BYTES), time.monotonic())
         except (aiohttp.ClientError, TimeoutError, ValueError, AuthorityError) as error:
             metrics.DEVICE_POLLS.labels("failed").inc()
-            log.debug("%s: %s", door.url, error or type(error).__name__)
+            log.debug("%s: %s", url, error or type(error).__name__)
             # Without addresses and the like: it goes into a condition, which should stay the same.
             told = isinstance(error, ValueError | AuthorityError)
             return door, str(error) if told else type(error).__name__
@@ -185,12 +228,3 @@ def _owner(pod: Mapping[str, Any]) -> Key:
     """The HatDeployment of a pod: the namespace is the pod's own, whatever its labels say."""
     meta = pod["metadata"]
     return meta["namespace"], meta.get("labels", {}).get(names.LABEL_DEPLOYMENT, "")
-
-
-async def _body(response: aiohttp.ClientResponse) -> bytes:
-    found = bytearray()
-    async for part in response.content.iter_chunked(1 << 16):
-        found += part
-        if len(found) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-    return bytes(found)

@@ -9,13 +9,16 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hat_runtime.cli.processes import Child
 from tests.e2e.product import OPERATOR, SITE_NAMESPACE, SYSTEM, TEAM, Product, RequestError
+from tests.harness import binaries
+from tests.harness.prometheus import Prometheus, pod
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.default_model, pytest.mark.long]
 NAME = "sizes"
@@ -23,6 +26,7 @@ READY_S = 400.0
 WITHIN_S = float(os.environ.get("HAT_LOOP_S", "60"))
 """From a throttled link to sizes that agree everywhere. A machine that is busy with other things may need more."""
 PORT = 31071
+SCRAPED_PORT, PROMETHEUS_PORT = 31072, 9090
 FAST, SLOW = "20mbit,5ms", "1mbit,5ms"
 LARGEST, LEAST = 512, 64
 TALKS = 3
@@ -62,12 +66,35 @@ class Scene:
         with suppress(RequestError):  # the link has just been replaced
             self.product.ask(NAME, "/v1/completions", body, timeout_s=60)
 
-    def address(self, side: str) -> str:
+    def pod(self, side: str) -> dict[str, Any]:
         cluster = self.product.cloud if side == "cloud" else self.product.edge
         namespace = TEAM if side == "cloud" else SITE_NAMESPACE
         labels = f"hat.dev/deployment={NAME}"
-        (pod,) = self.product.objects(cluster, namespace, "pods", labels)
-        return str(pod["status"]["podIP"])
+        (found,) = self.product.objects(cluster, namespace, "pods", labels)
+        return found
+
+    def address(self, side: str) -> str:
+        return str(self.pod(side)["status"]["podIP"])
+
+    def prometheus(self, folder: Path, stack: ExitStack) -> tuple[str, Child]:
+        """A Prometheus on the cloud's node that scrapes both pods, the device's through a port of its node."""
+        edge, cloud = self.product.edge, self.product.cloud
+        near = f"{edge.address}:{SCRAPED_PORT}"
+        words = ["link", "--listen", near, "--to", f"{self.address('edge')}:8000", "--link", "100mbit,0ms"]
+        link = Child(
+            "way", [*edge.sandbox.network_only, sys.executable, "-m", "hat_runtime.cli.main", *words]
+        )
+        stack.callback(link.stop)
+        there, here = self.pod("cloud"), self.pod("edge")
+        targets = [
+            pod(f"{self.address('cloud')}:7071", "cloud", there["metadata"]["name"], NAME, TEAM),
+            pod(near, "edge", here["metadata"]["name"], NAME, TEAM, here["spec"]["nodeName"]),
+        ]
+        at = f"{cloud.address}:{PROMETHEUS_PORT}"
+        made = Prometheus(binaries.find("prometheus"), folder, targets, at)
+        process = Child("prometheus", [*cloud.sandbox.network_only, *made.command])
+        stack.callback(process.stop)
+        return made.url, process
 
     def own(self) -> int:
         """The device's own size, by its metrics."""
@@ -170,3 +197,39 @@ def test_silence_freezes_the_policy_and_devices_adapt_without_an_operator(scene:
     held = product.get(product.cloud, TEAM, "configmap", f"{NAME}-cloud-policy")["data"]["policy.json"]
     assert json.loads(held)["version"] <= scene.policy()["version"]
     assert product.condition(NAME, "MetricsAvailable")[0] == "True"
+
+
+def test_the_loop_goes_on_with_the_figures_of_a_prometheus_server(scene: Scene, tmp_path: Path) -> None:
+    product = scene.product
+
+    def metrics() -> tuple[str, str]:
+        return product.condition(NAME, "MetricsAvailable")
+
+    scene.lay(FAST)
+    scene.until("the first policy", LARGEST, {"status", "policy", "device"}, 180)
+    pods = [scene.pod(side)["metadata"]["uid"] for side in ("cloud", "edge")]
+    with ExitStack() as stack:
+        url, process = scene.prometheus(tmp_path, stack)
+        product.patch(NAME, {"observability": {"prometheusUrl": url}})
+        product.wait("the server tells", lambda: metrics() == ("True", "PrometheusTells"), 120)
+        scene.lay(SLOW)
+        scene.until("the slow link is known", LEAST, {"policy", "event"}, 2 * WITHIN_S)
+
+        def slow() -> bool:
+            scene.talk()
+            return float(product.hat(NAME)["status"]["devices"][0]["uplinkMbps"]) < 10
+
+        product.wait("the status shows it", slow, 2 * WITHIN_S)
+        process.stop()
+        before = scene.policy()
+        product.wait("the condition tells", lambda: metrics() == ("False", "PolicyFrozen"), 180)
+        (text,) = (
+            condition["message"]
+            for condition in product.hat(NAME)["status"]["conditions"]
+            if condition["type"] == "MetricsAvailable"
+        )
+        assert f"the Prometheus server {url} tells nothing of cloud and devices: not reachable" in text
+        assert scene.policy() == before
+    product.patch(NAME, {"observability": {"prometheusUrl": ""}})
+    product.wait("the pods are asked again", lambda: metrics() == ("True", "ReplicasTell"), 120)
+    assert [scene.pod(side)["metadata"]["uid"] for side in ("cloud", "edge")] == pods

@@ -21,7 +21,7 @@ JITTER = 0.05
 
 
 class CloudPods:
-    """Serves GET /NAMESPACE/POD/v1/devices as hat_runtime/cloud/admin.py does, and takes PUT .../v1/policy."""
+    """Serves GET /NAMESPACE/POD/v1/devices and .../v1/policy as hat_runtime/cloud/admin.py does, and takes PUT."""
 
     def __init__(self, devices: Mapping[str, Sequence[str]], *, tuning: bool = False) -> None:
         """`devices` are the names of the devices of each HatDeployment.
@@ -63,7 +63,9 @@ class CloudPods:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(503 if cloud.silent else 200, cloud._answer(self.path))
+                policy = cloud.policies[self.path.split("/")[2]].policy.to_json().encode()
+                body = policy if self.path.endswith("/v1/policy") else cloud._answer(self.path)
+                self.reply(503 if cloud.silent else 200, body)
 
             def do_PUT(self) -> None:
                 store = cloud.policies[self.path.split("/")[2]]

@@ -31,12 +31,19 @@ class Target:
     """cloud or edge: the relabelings of that side's PodMonitor apply. "": none."""
 
 
-def pod(address: str, component: str, name: str, deployment: str = "chat", namespace: str = "team") -> Target:
-    """A process as service discovery would find it in a pod that the operator made."""
+def pod(
+    address: str,
+    component: str,
+    name: str,
+    deployment: str = "chat",
+    namespace: str = "team",
+    node: str | None = None,
+) -> Target:
+    """A process as service discovery would find it in a pod that the operator made, by default on node-of-NAME."""
     labels = {
         "namespace": namespace,
         "pod": name,
-        "__meta_kubernetes_pod_node_name": f"node-of-{name}",
+        "__meta_kubernetes_pod_node_name": node or f"node-of-{name}",
         "__meta_kubernetes_pod_label_hat_dev_namespace": namespace,
         "__meta_kubernetes_pod_label_hat_dev_deployment": deployment,
         "__meta_kubernetes_pod_label_app_kubernetes_io_component": component,
@@ -47,14 +54,15 @@ def pod(address: str, component: str, name: str, deployment: str = "chat", names
 class Prometheus:
     """The process, with the chart's rules. A context manager; stops with it."""
 
-    def __init__(self, program: Path, folder: Path, targets: Sequence[Target]) -> None:
-        """Nothing is started yet; its files are in `folder`."""
+    def __init__(self, program: Path, folder: Path, targets: Sequence[Target], address: str = "") -> None:
+        """Nothing is started yet; its files are in `folder`, its address is a free port of loopback by default."""
         self._targets = targets
-        self._address = f"127.0.0.1:{free_port()}"
+        self._address = address or f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self._address}"
         self._config = folder / "prometheus.yml"
         self._log = folder / "prometheus.log"
         self._config.write_text(yaml.safe_dump(self._configuration()))
-        self._command = [
+        self.command = [
             str(program),
             f"--config.file={self._config}",
             f"--storage.tsdb.path={folder / 'data'}",
@@ -80,7 +88,7 @@ class Prometheus:
 
     def __enter__(self) -> Prometheus:
         with self._log.open("w") as output:
-            self._process = subprocess.Popen(self._command, stdout=output, stderr=output)
+            self._process = subprocess.Popen(self.command, stdout=output, stderr=output)
         try:
             while len(self.query("up == 1")) < len(self._targets):
                 if self._process.poll() is not None:

@@ -50,7 +50,7 @@ DEFAULTS = {
     "chunking": {"mode": "auto", "minTokens": 64, "maxTokens": 512},
     "wire": {"uplink": "none", "uplinkDecode": "none", "padFrames": False, "downlink": "none"},
     "security": {"networkPolicies": True, "tls": "", "certificateHours": 24},
-    "observability": {"logLevel": "info", "podMonitor": "auto"},
+    "observability": {"logLevel": "info", "podMonitor": "auto", "prometheusUrl": ""},
 }
 EDGE_DEFAULTS = {
     "clusterRef": {
@@ -67,6 +67,7 @@ EDGE_DEFAULTS = {
     "api": {"port": 8000, "hostPort": 0, "modelName": ""},
     "weights": {"claim": {"name": "part", "path": "."}},
     "template": {},
+    "offline": "refuse",
     "deletionTimeoutSeconds": 300,
 }
 NOW = "2026-01-02T03:04:05Z"
@@ -279,6 +280,31 @@ def test_values_of_token_mode(hats: Hats, speculation: dict[str, Any]) -> None:
     found = hats.create(changed(token_mode(), {"spec.speculation": speculation}))["spec"]
     assert found["speculation"] == DEFAULTS["speculation"] | speculation  # type: ignore[operator]
     assert (found["mode"], "split" in found) == ("picospec", False)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://prometheus:9090",
+        "https://prometheus.example.com/tenant-a/",
+        "http://10.0.0.9",
+        "https://[2001:db8::9]:9090/a_b~c/%20",
+    ],
+)
+def test_prometheus_servers_are_kept_as_written(hats: Hats, url: str) -> None:
+    observability: dict[str, Any] = {"prometheusUrl": url}
+    if url.startswith("https"):
+        observability |= {"prometheusTokenSecretRef": {"name": "reader"}, "prometheusCaRef": {"name": "ca"}}
+    found = hats.create(hat_deployment(observability=observability))["spec"]["observability"]
+    assert found["prometheusUrl"] == url
+    if url.startswith("https"):
+        assert found["prometheusTokenSecretRef"] == {"name": "reader", "key": "token"}
+        assert found["prometheusCaRef"] == {"kind": "ConfigMap", "name": "ca", "key": "ca.crt"}
+
+
+def test_devices_of_token_mode_may_go_on_without_the_cloud(hats: Hats) -> None:
+    edge = {"deviceSelector": {"matchLabels": {"hat.dev/device": "true"}}, "offline": "draft-only"}
+    assert hats.create(changed(token_mode(), {"spec.edge": edge}))["spec"]["edge"]["offline"] == "draft-only"
 
 
 def test_token_mode_without_devices_needs_no_draft_model(hats: Hats) -> None:

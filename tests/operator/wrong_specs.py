@@ -98,6 +98,46 @@ WRONG = {
     "pod-monitor": Wrong(
         {"spec.observability.podMonitor": "yes"}, ("spec.observability.podMonitor", '"auto"')
     ),
+    **{
+        f"prometheus-{what}": Wrong(
+            {"spec.observability.prometheusUrl": url}, ("observability.prometheusUrl: write http://HOST",)
+        )
+        for what, url in {
+            "scheme": "ftp://prometheus:9090",
+            "no-scheme": "prometheus:9090",
+            "password": "https://reader:secret@prometheus",
+            "query": "https://prometheus/?token=secret",
+            "fragment": "https://prometheus/#graph",
+            "port": "http://prometheus:http",
+            "space": "http://prometheus /",
+            "no-host": "http:///api",
+        }.items()
+    },
+    "prometheus-token-in-clear": Wrong(
+        {
+            "spec.observability.prometheusUrl": "http://prometheus:9090",
+            "spec.observability.prometheusTokenSecretRef": {"name": "reader"},
+        },
+        ("observability.prometheusTokenSecretRef: a token is sent to an https:// address only",),
+    ),
+    "prometheus-token-for-nobody": Wrong(
+        {"spec.observability.prometheusTokenSecretRef": {"name": "reader"}},
+        ("observability.prometheusTokenSecretRef:",),
+    ),
+    "prometheus-ca-in-clear": Wrong(
+        {
+            "spec.observability.prometheusUrl": "http://prometheus:9090",
+            "spec.observability.prometheusCaRef": {"name": "ca"},
+        },
+        ("observability.prometheusCaRef: goes with an https:// address",),
+    ),
+    "prometheus-ca-kind": Wrong(
+        {
+            "spec.observability.prometheusUrl": "https://prometheus",
+            "spec.observability.prometheusCaRef": {"name": "ca", "kind": "Pod"},
+        },
+        ("spec.observability.prometheusCaRef.kind", '"ConfigMap", "Secret"'),
+    ),
     "tensor-parallel": Wrong(
         {"spec.cloud.tensorParallel": 2}, ("cloud.tensorParallel:", "raise cloud.replicas")
     ),
@@ -168,6 +208,14 @@ WRONG = {
     "hat-thinning": Wrong(
         {"spec.speculation.sampler": "thinning"},
         ("speculation.sampler: write coupled or rejection in mode hat",),
+    ),
+    "hat-offline": Wrong(
+        {"spec.edge.offline": "draft-only"},
+        ("edge.offline: draft-only needs a whole small model", "mode picospec", "write refuse"),
+        REMOTE,
+    ),
+    "offline-unknown": Wrong(
+        {"spec.edge.offline": "always"}, ("spec.edge.offline", '"refuse", "draft-only"'), REMOTE
     ),
     "tokens-split": Wrong(
         {"spec.split": {"inputLayers": 3}}, ("split: mode picospec cuts no model", "remove split"), TOKENS

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from hat_runtime.cloud.serve import running_cloud
 from hat_runtime.device import link
-from tests.harness import binaries, boards
-from tests.harness.ci import skip_or_fail
-from tests.harness.prometheus import Prometheus, pod
-from tests.runtime.api_pair import MODEL, Pair, cloud_config, device_for
+from tests.harness import boards
+from tests.runtime.api_pair import MODEL
+from tests.runtime.scraped_pair import pair_with_prometheus
 from tests.tiny_chat import make_tiny_chat_model
 
 ROUNDS = 40
@@ -47,29 +43,6 @@ def wanted() -> dict[str, str]:
                 name = rule.get("alert", rule.get("record"))
                 found[f"{name}: {selector.text}"] = selector.text
     return found
-
-
-@asynccontextmanager
-async def pair_with_prometheus(model: Path, folder: Path) -> AsyncIterator[tuple[Pair, Prometheus]]:
-    try:
-        program = binaries.find("prometheus")
-    except binaries.MissingProgramError as error:
-        skip_or_fail(str(error))
-    async with (
-        running_cloud(cloud_config(model)) as cloud,
-        device_for(cloud, model, drafter=f"model:{model}") as pair,
-    ):
-        targets = [
-            pod(cloud.admin_url.removeprefix("http://"), "cloud", "chat-cloud-0"),
-            pod(pair.device.url.removeprefix("http://"), "edge", "chat-edge-0"),
-        ]
-        prometheus = Prometheus(program, folder, targets)
-        # Cloud and device answer in this event loop while Prometheus starts.
-        await asyncio.to_thread(prometheus.__enter__)
-        try:
-            yield pair, prometheus
-        finally:
-            prometheus.__exit__()
 
 
 async def test_every_query_finds_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

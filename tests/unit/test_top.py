@@ -105,6 +105,9 @@ def test_before_the_first_answer_and_without_a_cloud_there_are_still_lines() -> 
     text = shown([starting, away], 80)
     assert "asking the cloud at b:7070" in text
     assert text.count("the cloud does not answer") == 2
+    assert "the small model" not in text
+    away.take(said(cloud={"address": "b:7070", "ok": False, "reason": "no route"}, offline="draft-only"))
+    assert "the cloud does not answer; the small model answers alone: no route" in shown([away], 80)
     assert "whole prompt" in text
     assert max(map(cell_len, text.splitlines())) == 80
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,11 +15,21 @@ from hat_runtime.device.api.gate import Gate
 from hat_runtime.device.api.schemas import AnswerOptions
 from hat_runtime.device.chat import PromptEncoder
 from hat_runtime.device.generator import Generator
+from hat_runtime.device.offline import CloudPresence, OfflineGenerator
 from hat_runtime.device.request import STOP, GenerationRequest, GenerationStats, TokenEvent
 from hat_runtime.device.text import TokenText
+from hat_runtime.errors import CloudOverloaded, CloudUnavailable
 
 QUEUE_PIECES = 256
 """Pieces of text that may wait for a client that reads slowly; then its answer waits."""
+
+
+@dataclass(frozen=True)
+class Offline:
+    """What answers new requests while the cloud is away."""
+
+    generator: OfflineGenerator
+    presence: CloudPresence
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class Served:
     encoder: PromptEncoder
     fingerprint: str
     """Changes with the model or its configuration (OpenAI's system_fingerprint)."""
+    offline: Offline | None = None
+    """None: without the cloud requests are refused."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +61,28 @@ class Piece:
 class Answers:
     """The answers to the prompts of one request, being generated.
 
-    Made by `start`; `close` must be called, whatever happens.
+    Made by `start`; `close` must be called, whatever happens. All of them are the model's, or all are the small
+    model's alone: that is settled with the first token, or with `settle`.
     """
 
     def __init__(
-        self, served: Served, options: AnswerOptions, requests: list[GenerationRequest], gate: Gate
+        self,
+        served: Served,
+        options: AnswerOptions,
+        prompts: Sequence[list[int]],
+        request_id: str,
+        gate: Gate,
     ) -> None:
-        self.requests = requests
+        """See `start`."""
         self._served = served
         self._options = options
+        self._request_id = request_id
         self._gate = gate
+        self.offline = served.offline is not None and served.offline.presence.away is not None
+        """The small model answers alone."""
+        self.settled = served.offline is None or self.offline
+        """Whether that stays so."""
+        self.requests = [self._request(ids) for ids in prompts]
         self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue(QUEUE_PIECES)
         self._ahead: Piece | BaseException | None = None
         self._failure: ApiError | None = None
@@ -87,18 +111,7 @@ class Answers:
         Raises:
             ApiError: a prompt that does not fit, no turn, or the client went away while waiting.
         """
-        requests = [
-            GenerationRequest(
-                prompt_ids=ids,
-                max_new_tokens=_room(len(ids), options.max_tokens, served.generator.context_tokens),
-                sampling=options.sampling,
-                stop_ids=served.generator.model.eos_token_ids,
-                request_id=request_id,
-                chunk_tokens=options.chunk_tokens,
-            )
-            for ids in prompts
-        ]
-        answers = cls(served, options, requests, gate)
+        answers = cls(served, options, prompts, request_id, gate)
         gate.come(answers.abort)
         answers._tasks.append(asyncio.create_task(answers._watch(receive)))
         try:
@@ -106,7 +119,7 @@ class Answers:
         except BaseException:
             await answers.close()
             raise
-        for index in range(len(requests)):
+        for index in range(len(prompts)):
             task = asyncio.create_task(answers._run(index) if index == 0 else answers._run_in_turn(index))
             if index == 0:  # it has the turn that was just given, even if it is cancelled before it starts
                 task.add_done_callback(lambda _: gate.leave())
@@ -130,6 +143,10 @@ class Answers:
                 raise item
             open_answers -= item is not None and item.finish_reason is not None
             yield item
+
+    def settle(self) -> None:
+        """The reply begins: who answers is told in its head, and does not change any more."""
+        self.settled = True
 
     def stats(self) -> list[GenerationStats]:
         """Figures of the answers that have been generated, or were until they were cut off."""
@@ -181,16 +198,53 @@ class Answers:
 
     async def _run(self, index: int) -> None:
         try:
-            await self._generate(index)
+            try:
+                await self._generate(index)
+            except CloudUnavailable as error:
+                if not await self._goes_offline(error):
+                    raise
+                self.requests[index] = self._request(self.requests[index].prompt_ids)
+                await self._generate(index)
         except Exception as error:
             await self._queue.put(error)
 
+    async def _goes_offline(self, error: CloudUnavailable) -> bool:
+        """Whether the small model is to answer in place of the cloud, which has said nothing yet."""
+        offline = self._served.offline
+        if offline is None or isinstance(error, CloudOverloaded):
+            return False
+        if self.settled:
+            offline.presence.suspect()
+        elif await offline.presence.is_away() and not self.settled:
+            self.offline = self.settled = True
+        return self.offline
+
+    def _request(self, prompt_ids: list[int]) -> GenerationRequest:
+        online, offline = self._served.generator, self._served.offline
+        context = offline.generator.context_tokens if offline and self.offline else online.context_tokens
+        return GenerationRequest(
+            prompt_ids=prompt_ids,
+            max_new_tokens=_room(len(prompt_ids), self._options.max_tokens, context),
+            sampling=self._options.sampling,
+            stop_ids=online.model.eos_token_ids,
+            request_id=self._request_id,
+            chunk_tokens=self._options.chunk_tokens,
+        )
+
+    def _events(self, request: GenerationRequest, *, alone: bool) -> AsyncIterator[TokenEvent]:
+        if alone and self._served.offline is not None:
+            return self._served.offline.generator.generate(request)
+        return self._served.generator.generate(request)
+
     async def _generate(self, index: int) -> None:
-        request = self.requests[index]
+        request, alone = self.requests[index], self.offline
         text = self._served.encoder.detokenizer.marked_stream(self._options.stop)
-        events = cast("AsyncGenerator[TokenEvent, None]", self._served.generator.generate(request))
+        events = cast("AsyncGenerator[TokenEvent, None]", self._events(request, alone=alone))
         async with contextlib.aclosing(events):
             async for event in events:
+                if alone is not self.offline:
+                    raise CloudUnavailable("another answer of this request found the cloud away")
+                self.settled = True
                 if event.token_id in request.stop_ids:
                     text.skip(event.kind)
                 elif tokens := text.feed(event.token_id, event.kind):

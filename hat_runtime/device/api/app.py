@@ -26,7 +26,7 @@ from hat_runtime.device.api.replies import ChatReply, Reply, TextReply, usage
 from hat_runtime.device.api.schemas import AnswerOptions, ChatRequest, CompletionRequest, parse
 from hat_runtime.device.api.stream import KEEP_ALIVE_S, EventStream
 from hat_runtime.device.text import TokenText
-from hat_runtime.errors import HatError, UsageError
+from hat_runtime.errors import CloudUnavailable, HatError, UsageError
 from hat_runtime.log import request_id
 from hat_runtime.security.keys import KeyFile
 
@@ -164,6 +164,10 @@ def _operations_routes(api: Api) -> APIRouter:
         try:
             await api.check_cloud()
         except HatError as error:
+            if api.served.offline is not None and isinstance(error, CloudUnavailable):
+                return PlainTextResponse(
+                    f"ready, with the small model alone while the cloud is away: {error}\n"
+                )
             return PlainTextResponse(f"{error}\n", 503)
         return PlainTextResponse("ready\n")
 
@@ -184,9 +188,14 @@ async def _answer(
     try:
         pieces = answers.pieces(api.keep_alive_s)
         # An error that comes soon gets its own status; a long silence has to be filled with keep-alives instead.
-        first = await anext(pieces) if options.stream else None
         if options.stream:
-            return EventStream(answers, pieces, first, reply, include_usage=options.include_usage)
+            first = await anext(pieces)
+            if first is None and not answers.settled:
+                # Once more: what a silent way to the cloud costs until it is known to be one.
+                first = await anext(pieces)
+            answers.settle()
+            form = reply.alone() if answers.offline else reply
+            return EventStream(answers, pieces, first, form, include_usage=options.include_usage)
         body = await _whole(pieces, len(prompts), reply, answers)
     except BaseException:
         await answers.close()
@@ -194,7 +203,7 @@ async def _answer(
         raise
     await answers.close()
     request.scope["hat.usage"] = body["usage"]
-    return JSONResponse(body)
+    return JSONResponse(body, headers=(reply.alone() if answers.offline else reply).headers)
 
 
 async def _whole(
@@ -206,11 +215,12 @@ async def _whole(
         if piece is not None:
             tokens[piece.index] += piece.tokens
             reasons[piece.index] = piece.finish_reason or ""
+    form = reply.alone() if answers.offline else reply
     choices = []
     for index, parts in enumerate(tokens):
         text = "".join(part.text for part in parts)
-        choices.append(reply.marked(reply.choice(index, text, reasons[index]), parts))
-    return reply.whole(choices, usage(answers.stats()))
+        choices.append(form.marked(form.choice(index, text, reasons[index]), parts))
+    return form.whole(choices, usage(answers.stats()))
 
 
 async def _json_body(request: Request, limit: int) -> object:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from hat_runtime import __version__
 from hat_runtime.device.api.errors import ApiError, echo
 from hat_runtime.device.generator import Generator
+from hat_runtime.device.offline import DRAFT_ONLY, REFUSE
 from hat_runtime.device.request import GenerationStats
 from hat_runtime.device.token_steps import MODE
 from hat_runtime.errors import HatError
@@ -75,7 +76,14 @@ def stats_routes(api: Api) -> APIRouter:
             return _fixed(api) | {"cloud": cloud} | _session_counts(api, None)
         generator = served.generator
         cloud = {"address": generator.link.address} | await watch.state()
-        return _fixed(api) | {"cloud": cloud} | _session_counts(api, generator) | figures(generator, after)
+        offline = {"offline": REFUSE if served.offline is None else DRAFT_ONLY}
+        return (
+            _fixed(api)
+            | offline
+            | {"cloud": cloud}
+            | _session_counts(api, generator)
+            | figures(generator, after)
+        )
 
     return router
 
@@ -125,6 +133,7 @@ def answer_figures(stats: GenerationStats) -> dict[str, Any]:
         "accepted_tokens": stats.accepted_tokens,
         "alternatives_accepted": stats.alternatives_accepted,
         "refusals": stats.refusals,
+        "offline": stats.offline,
         "chunk_tokens": stats.chunk_tokens,
     }
 

@@ -6,11 +6,14 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from hat_runtime.device.request import GenerationStats
 from hat_runtime.device.text import TokenText
+
+OFFLINE_HEADER = "X-HAT-Offline"
+OFFLINE_SUFFIX = "-offline-draft"
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,24 @@ class Reply(ABC):
     fingerprint: str
     token_kinds: bool = False
     """Every choice has its tokens with their kinds beside the text."""
+    offline: bool = False
+    """The small model answers alone."""
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     prefix = ""
     whole_object = ""
     chunk_object = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that mark the reply."""
+        return {OFFLINE_HEADER: "draft-only"} if self.offline else {}
+
+    def alone(self) -> Self:
+        """The reply of the small model alone: it is another model, and says so."""
+        name = f"{self.model}{OFFLINE_SUFFIX}"
+        return replace(self, model=name, fingerprint=f"{self.fingerprint}_offline", offline=True)
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -50,9 +65,10 @@ class Reply(ABC):
         """A reply that is not streamed."""
         return self._object(self.whole_object) | {"choices": choices, "usage": usage}
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """One chunk of a stream."""
-        return self._object(self.chunk_object) | {"choices": choices}
+    def chunk(self, choices: list[dict[str, Any]], *, last: bool = False) -> dict[str, Any]:
+        """One chunk of a stream; the last one of an answer says again where the cloud had no part in it."""
+        found = self._object(self.chunk_object) | {"choices": choices}
+        return found | {"hat": {"offline": True}} if last and self.offline else found
 
     def _object(self, kind: str) -> dict[str, Any]:
         return {
@@ -129,6 +145,7 @@ def usage(all_stats: Sequence[GenerationStats]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in all_stats)},
         "hat": {
+            "offline": any(stats.offline for stats in all_stats),
             "ttft_s": round(min(first), 6) if first else None,
             "tbt_s": round(sum(tbt * n for tbt, n in intervals) / count, 6) if count else None,
             "uplink_bytes": sum(stats.uplink_bytes for stats in all_stats),

@@ -43,7 +43,7 @@ class EventStream(Response):
         *,
         include_usage: bool,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **reply.headers})
         del self.headers["content-length"]
         self._answers = answers
         self._pieces = pieces
@@ -82,7 +82,7 @@ class EventStream(Response):
                     tokens = []
                 if piece.finish_reason is not None:
                     last = self._reply.piece(piece.index, "", piece.finish_reason)
-                    yield self._chunk([self._reply.marked(last, tokens)])
+                    yield self._chunk([self._reply.marked(last, tokens)], last=True)
         except Exception as error:
             failure = from_exception(error)
             scope["hat.failed"] = failure.status
@@ -90,7 +90,7 @@ class EventStream(Response):
                 yield _data(failure.body())
             return
         if self._include_usage:
-            yield self._chunk([], usage(self._answers.stats()))
+            yield self._chunk([], usage(self._answers.stats()), last=True)
         yield DONE
 
     async def _from_first(self) -> AsyncIterator[Piece | None]:
@@ -98,9 +98,13 @@ class EventStream(Response):
         async for piece in self._pieces:
             yield piece
 
-    def _chunk(self, choices: list[dict[str, Any]], figures: dict[str, Any] | None = None) -> bytes:
+    def _chunk(
+        self, choices: list[dict[str, Any]], figures: dict[str, Any] | None = None, *, last: bool = False
+    ) -> bytes:
         # As OpenAI does: with include_usage, every chunk has a usage, null in all but the last.
-        return _data(self._reply.chunk(choices) | ({"usage": figures} if self._include_usage else {}))
+        return _data(
+            self._reply.chunk(choices, last=last) | ({"usage": figures} if self._include_usage else {})
+        )
 
 
 def _data(value: dict[str, Any]) -> bytes:

@@ -55,6 +55,11 @@ class ModelDrafter(Drafter):
         self._context = context_length(folder)
         self._ids = np.arange(vocab_size, dtype=np.int64)
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text that it can continue."""
+        return self._context
+
     def open(self) -> ModelState:
         """See Drafter."""
         return ModelState()

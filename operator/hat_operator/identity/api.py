@@ -54,7 +54,7 @@ class Requests:
                 "User-Agent": "hat-identity",
             }
             data = None if body is None else json.dumps(body).encode()
-            asked = urllib.request.Request(self._server + path, data, headers, method=method)
+            asked = urllib.request.Request(self._server + path, data, headers, method=method)  # noqa: S310 (https, see above)
             context = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
             # No proxy of the environment and no redirect: the token goes to the API server and nowhere else.
             opener = urllib.request.build_opener(

@@ -25,7 +25,7 @@ from hat_operator.kinds import SECRET
 from hat_runtime.security.pki import SKEW, Authority
 
 log = logging.getLogger(__name__)
-SECRET_NAME = "hat-ca"
+SECRET_NAME = "hat-ca"  # noqa: S105 (the name of an object)
 ROTATE = f"{names.GROUP}/rotate"
 """Annotation of the Secret: with any value, a replacement begins."""
 CERTIFICATE, KEY, TRUSTED, NEXT_CERTIFICATE, NEXT_KEY = "tls.crt", "tls.key", "ca.crt", "next.crt", "next.key"

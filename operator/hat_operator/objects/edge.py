@@ -95,6 +95,8 @@ def _pod(hat: HatDeployment, edge: Edge, settings: Settings, endpoint: str, imag
     args += ["--dtype", hat.spec.model.dtype, "--device", "cpu" if edge.accelerator == "none" else "cuda"]
     if picospec:
         args += ["--mode", "picospec", "--draft-model", files.path, *_speculating(hat.spec.speculation)]
+        # Only where it is asked for: the default leaves devices of an earlier version as they are.
+        args += [] if edge.offline == "refuse" else ["--offline", edge.offline]
     else:
         args += [*_drafting(hat.spec.speculation), "--uplink-codec", _codecs(hat.spec.wire)]
         args += ["--pad-frames"] if hat.spec.wire.pad_frames else []

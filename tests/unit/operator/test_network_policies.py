@@ -62,7 +62,8 @@ def expected(source: str, target: str) -> set[int]:
     into |= {"cloud-b": into["cloud"], "edge-b": into["edge"], "test": set(), "uninstall": set()}
     # What is let out, to those whom no policy protects.
     out = {
-        "operator": {443, 6443},  # API servers, this cluster's and the sites'
+        # API servers, this cluster's and the sites', and Prometheus servers in this one
+        "operator": {443, 6443} | ({9090} if target in PODS else set()),
         "uninstall": {443, 6443},
         "test": set(),
         "cloud": {443, 6443},  # the model's hub; certificates
@@ -194,6 +195,7 @@ def test_addresses_and_scrapers_can_be_narrowed(tmp_path: Path) -> None:
     settings = {
         "networkPolicy": {
             "apiServer": {"cidrs": ["192.168.1.0/24"], "ports": [6443]},
+            "prometheus": {"to": [{"ipBlock": {"cidr": "192.168.2.0/24"}}], "ports": [443]},
             "metricsFrom": [
                 {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
             ],
@@ -210,5 +212,7 @@ def test_addresses_and_scrapers_can_be_narrowed(tmp_path: Path) -> None:
         6443
     }
     assert {port for port in PORTS if allowed(policies, operator, Party("x", "203.0.113.7"), port)} == set()
+    assert {port for port in PORTS if allowed(policies, operator, Party("p", "192.168.2.9"), port)} == {443}
+    assert {port for port in PORTS if allowed(policies, operator, prometheus, port)} == set()
     assert {port for port in PORTS if allowed(policies, prometheus, operator, port)} == {8080}
     assert {port for port in PORTS if allowed(policies, neighbour, operator, port)} == set()

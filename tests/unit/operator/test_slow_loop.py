@@ -22,6 +22,8 @@ from hat_operator.telemetry import Telemetry
 from hat_operator.tuning import Chunking
 from hat_runtime.control.published import Proposal, PublishedPolicy, parse
 from tests.harness.cloudpods import CloudPods
+from tests.unit.operator import prometheus_server
+from tests.unit.operator.prometheus_server import AGE, CLOUD, EDGE, WHOLE, sample
 from tests.unit.operator.samples import body
 
 KEY = ("team", "chat")
@@ -59,6 +61,7 @@ class Scene:
         self.cloud, self.session = cloud, session
         self.api = Api(["chat-cloud-1", "chat-cloud-2"])
         self.requests: list[tuple[str, str]] = []
+        self.prometheus = ""
         self.restart()
 
     def restart(self) -> None:
@@ -68,8 +71,9 @@ class Scene:
 
     def reconcile(self, live: str | None = None, **spec: Any) -> str | None:
         """The text that the ConfigMap should hold, after a pass that has found `live` in it."""
-        found = body(chunking={"mode": "balance", **spec})
+        found = body(chunking={"mode": "balance", **spec}, observability={"prometheusUrl": self.prometheus})
         hat = HatDeployment.parse(found)
+        self.telemetry.follow(hat)
         return self.loop.stored(found, hat, None if live is None else config_map(hat, live))
 
     async def round(self) -> None:
@@ -217,6 +221,47 @@ async def test_silent_pods_freeze_it_and_it_goes_on_with_them(scene: Scene) -> N
     assert metric("changes_total") is not None
     scene.loop.forget(*KEY)
     assert metric("frozen") is metric("age_seconds") is metric("changes_total") is None
+
+
+async def test_a_prometheus_server_tells_in_the_pods_place_and_the_pods_get_the_policy(
+    scene: Scene,
+) -> None:
+    async with prometheus_server.serving() as server:
+        scene.prometheus = server.url
+        scene.reconcile()
+        await scene.round()
+        one, two = scene.in_pods()
+        assert one == two
+        # The pods' own figures, of a and b, are nobody's business.
+        assert {name: proposal.chunk_tokens for name, proposal in one.devices.items()} == {"jetson-1": 64}
+        assert scene.telemetry.figures(*KEY)["jetson-1"]["uplinkMbps"] == 20.0
+        assert (metric("frozen"), scene.telemetry.seen(*KEY)) == (0, scene.telemetry._servers.seen(KEY))
+        # Old samples freeze it, however well the server answers.
+        age = sample(CLOUD | AGE, "61")
+        fast = sample(EDGE, "1e9", __name__="hat_link_uplink_bytes_per_second")
+        rest = [series for series in WHOLE if "link_uplink" not in series["metric"].get("__name__", "")]
+        server.tells(age, fast, *rest[1:])
+        await scene.round()
+        assert scene.in_pods() == [one, one]
+        assert metric("frozen") == 1
+        seen = scene.telemetry.seen(*KEY)
+        assert seen is not None
+        assert server.url in seen.source
+        # A device that was not heard for a minute moves nothing, however fresh its scrape.
+        server.tells(*rest, fast, sample(EDGE, "59.5", __name__="hat_cloud_contact_age_seconds"))
+        await scene.round()
+        assert scene.in_pods() == [one, one]
+        assert metric("frozen") == 0
+        server.tells(*rest, fast)
+        await scene.round()
+        assert scene.in_pods()[0].chunk_for("jetson-1") == 512
+        # Without the URL it is the pods again.
+        scene.prometheus = ""
+        scene.reconcile()
+        await scene.round()
+        assert {"a", "b"} <= scene.in_pods()[0].devices.keys()
+    scene.loop.forget(*KEY)
+    scene.telemetry.forget(*KEY)
 
 
 async def test_sizes_that_are_fixed_are_nobodys_business(scene: Scene) -> None:

@@ -121,6 +121,24 @@ def test_missing_metrics_leave_it_ready() -> None:
     assert metrics(MetricsSeen(), suspend=True) == ("Unknown", "Suspended")
 
 
+def test_a_prometheus_server_is_named_with_what_it_said() -> None:
+    seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
+    source = "the Prometheus server https://prometheus/tenant"
+
+    def metrics(of: MetricsSeen, **spec: Any) -> tuple[str, str, str]:
+        found = status.findings(hat(**spec), replace(CLOUD, metrics=of), seen)["MetricsAvailable"]
+        return found.status, found.reason, found.message
+
+    telling = metrics(MetricsSeen(telling=1, source=source))
+    assert telling == ("True", "PrometheusTells", f"{source} tells of cloud and devices")
+    silent = MetricsSeen(silent=1, error="it answers with status 401", source=source)
+    state, reason, text = metrics(silent)
+    assert (state, reason) == ("False", "PolicyFrozen")
+    assert text.endswith(f"{source} tells nothing of cloud and devices: it answers with status 401")
+    assert metrics(silent, chunking={"mode": "fixed"})[:2] == ("False", "PrometheusSilent")
+    assert metrics(MetricsSeen(asked=1, source=source))[:2] == ("Unknown", "NoReplicaAnswered")
+
+
 def test_a_new_process_keeps_what_is_said_of_metrics_until_it_knows() -> None:
     seen = EdgeSeen(fleet([pod("a")], [node("a")], [], NOW))
     telling = replace(CLOUD, metrics=MetricsSeen(telling=1))

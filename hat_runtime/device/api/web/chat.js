@@ -4,7 +4,7 @@ import { answer } from "./api.js";
 
 const byId = (id) => document.getElementById(id);
 const log = byId("log");
-const KINDS = ["accepted", "alternative", "corrected", "plain"];
+const KINDS = ["accepted", "alternative", "corrected", "plain", "unchecked"];
 
 let messages = [];
 let underWay = null;
@@ -111,6 +111,7 @@ function fail(shown, error, question) {
 function summary(counts, usage) {
   const parts = KINDS.filter((kind) => counts[kind]).map((kind) => [`${counts[kind]} ${kind}`, kind, counts[kind]]);
   const hat = usage?.hat;
+  if (hat?.offline) parts.unshift(["answered by the small model alone, the cloud is away", "offline", true]);
   if (hat?.draft_tokens) parts.push([`${hat.draft_tokens} guessed`, "drafted", hat.draft_tokens]);
   if (hat?.rounds) parts.push([`${(usage.completion_tokens / hat.rounds).toFixed(2)} tokens a round`]);
   if (hat?.ttft_s != null) parts.push([`first after ${seconds(hat.ttft_s)}`]);

@@ -35,7 +35,9 @@ function show(now) {
   const { ok, reason, address } = now.cloud;
   byId("cloud").dataset.state = ok ? "ok" : ok === false ? "away" : "unknown";
   byId("cloud-text").textContent = ok ? `cloud ${address}` : ok === false ? "no cloud" : "asking the cloud";
-  trouble(ok === false ? `The cloud does not answer: ${reason}` : "");
+  byId("offline-legend").hidden = now.offline !== "draft-only";
+  const alone = now.offline === "draft-only" ? " The small model answers alone meanwhile; such answers are marked." : "";
+  trouble(ok === false ? `The cloud does not answer: ${reason}.${alone}` : "");
   byId("drafting").textContent = now.drafting === undefined ? "" : now.drafting ? "drafting on" : "drafting off";
   const { running, waiting, idle } = now.sessions;
   byId("sessions").textContent = `${running} running, ${waiting} waiting, ${idle} kept`;
