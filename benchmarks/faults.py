@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from common import REPORTS, ROOT, facts, progress, report, table
@@ -33,6 +34,8 @@ from tests.tiny_drafters import perturbed
 from tests.tiny_models import make_tiny_model
 
 MODES = ("hat", "picospec")
+Row = tuple[str, str, Tally]
+"""Mode, fault, what came of it."""
 ABOUT = f"""
 {{count}} concurrent answers of {NEW} tokens of a tiny random model in float32, greedy and seeded (`coupled`) in
 turn, over an emulated link of {LINK} (rate, round trip). When a quarter of the tokens is there, something
@@ -44,9 +47,11 @@ Seconds are from the start of the answers to the last one's end, on a machine th
 """
 
 
-async def measured(model: Path, draft: Path, count: int, only: str) -> list[tuple[str, str, Tally]]:
-    """Every fault in both modes."""
-    want, rows = whole_text(model), []
+async def measured(
+    model: Path, draft: Path, count: int, only: str, seen: Callable[[list[Row]], None]
+) -> list[Row]:
+    """Every fault in both modes; `seen` is told after each."""
+    want, rows = whole_text(model), list[Row]()
     faults: dict[str, Fault] = {name: fault for name, fault in (FAULTS | LONG_ONLY).items() if only in name}
     for mode in MODES:
         drafter = str(draft) if mode == "picospec" else f"model:{draft}"
@@ -57,27 +62,14 @@ async def measured(model: Path, draft: Path, count: int, only: str) -> list[tupl
                         tally = await strike(there, name, fault, want, count)
                         progress(f"{mode}: {name}: {tally}")
                         rows.append((mode, name, tally))
+                        seen(rows)
     return rows
 
 
-def main() -> int:
-    """Run the suite; 1 if something was wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--answers", type=int, default=20, help="at once (default %(default)s)")
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="faults with this in their name; writes no report"
-    )
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny_model("llama", Path(folder) / "tiny")
-        draft = perturbed(model, Path(folder) / "close", 0.005)
-        about = facts(None)
-        rows = asyncio.run(measured(model, draft, args.answers, args.only))
+def results(rows: list[Row]) -> str:
+    """The table."""
     order = list(FAULTS | LONG_ONLY)
-    rows.sort(key=lambda row: (MODES.index(row[0]), order.index(row[1])))
-    body = table(
+    return table(
         ["mode", "fault", "exact", "told", "wrong", "recoveries", "seconds"],
         [
             [
@@ -89,13 +81,33 @@ def main() -> int:
                 ", ".join(f"{count} {cause}" for cause, count in tally.recoveries.items() if count) or "-",
                 f"{tally.seconds:.1f}",
             ]
-            for mode, name, tally in rows
+            for mode, name, tally in sorted(rows, key=lambda row: (MODES.index(row[0]), order.index(row[1])))
         ],
     )
-    print(body)
-    if not args.only:
-        page = report("Faults in the middle of answers", ABOUT.format(count=args.answers), about, body)
-        (REPORTS / "faults.md").write_text(page)
+
+
+def main() -> int:
+    """Run the suite; 1 if something was wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--answers", type=int, default=20, help="at once (default %(default)s)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="faults with this in their name; no report"
+    )
+    args = parser.parse_args()
+    about = facts(None)
+
+    def write(rows: list[Row]) -> None:
+        if not args.only:
+            title, text = "Faults in the middle of answers", ABOUT.format(count=args.answers)
+            (REPORTS / "faults.md").write_text(report(title, text, about, results(rows)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny_model("llama", Path(folder) / "tiny")
+        draft = perturbed(model, Path(folder) / "close", 0.005)
+        rows = asyncio.run(measured(model, draft, args.answers, args.only, write))
+    print(results(rows))
     return 1 if any(tally.wrong for _, _, tally in rows) else 0
 
 

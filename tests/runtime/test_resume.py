@@ -380,7 +380,7 @@ async def test_a_device_that_does_not_read_is_not_read_from(cloud: RunningCloud,
         while seen != (now := sample(cloud, "hat_verify_passes_total")) or now < 1:
             seen = now
             await asyncio.sleep(0.5)
-        # Beside the bound, what the buffers of gRPC and kernel hold, 64 KiB and more of 16 KiB each. Steps that wait
+        # Beside the bound, what gRPC and the kernel hold: 64 KiB and more of 16 KiB each. The Steps that wait
         # behind are gRPC's as well, as many as its window lets in.
         assert told.limits.max_inflight_steps <= seen < steps / 2
         for _ in range(steps):
