@@ -61,7 +61,12 @@ class Worker:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def request(self, namespace: str, name: str) -> None:
-        """Ask for a pass. During one, and however often, this makes exactly one more."""
+        """Ask for a pass. During one, and however often, this makes exactly one more.
+
+        Requests for certificates have no namespace, so that those of another operator's HatDeployments are seen too.
+        """
+        if self._namespaces and namespace not in self._namespaces:
+            return
         key = (namespace, name)
         dirty = self._dirty.setdefault(key, asyncio.Event())
         dirty.set()
