@@ -60,13 +60,12 @@ class Worker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def request(self, namespace: str, name: str) -> None:
-        """Ask for a pass. During one, and however often, this makes exactly one more.
+    def serves(self, namespace: str) -> bool:
+        """Whether HatDeployments of this namespace are this operator's."""
+        return not self._namespaces or namespace in self._namespaces
 
-        Requests for certificates have no namespace, so that those of another operator's HatDeployments are seen too.
-        """
-        if self._namespaces and namespace not in self._namespaces:
-            return
+    def request(self, namespace: str, name: str) -> None:
+        """Ask for a pass. During one, and however often, this makes exactly one more."""
         key = (namespace, name)
         dirty = self._dirty.setdefault(key, asyncio.Event())
         dirty.set()
