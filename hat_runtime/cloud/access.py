@@ -31,6 +31,8 @@ class Denied:
 
     def __init__(self) -> None:
         self.list = DenyList()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when another list is in effect."""
 
     def put(self, text: bytes) -> DenyList:
         """Take a new list, which is in effect at once; the same one again changes nothing.
@@ -48,6 +50,7 @@ class Denied:
             )
         self.list = new
         log.info("deny-list %d: %d entries", new.version, len(new.identities) + len(new.serials))
+        self.on_change()
         return new
 
     def start_from(self, path: Path) -> None:
@@ -123,7 +126,11 @@ class Access:
         return None
 
     async def enforce(self, end_refused: Callable[[], None]) -> None:
-        """Call `end_refused`, which ends the streams of those who may no more, again and again until cancelled."""
+        """Let `end_refused` end the streams of those who may no more, until cancelled.
+
+        It is called with each new deny-list, and again and again because certificates expire.
+        """
+        self.denied.on_change = end_refused
         while self.folder is not None:
             await asyncio.sleep(ENFORCE_S)
             end_refused()
