@@ -71,7 +71,14 @@ async def child(labels: Mapping[str, str], memo: kopf.Memo, **_: Any) -> None:
 
 def watch_requests() -> None:
     """From the next start of kopf on, look at a HatDeployment when one of its pods asks for a certificate."""
-    kopf.on.event("certificates.k8s.io", "v1", "certificatesigningrequests", labels=_CHILD)(child)
+    kopf.on.event("certificates.k8s.io", "v1", "certificatesigningrequests", labels=_CHILD)(filed)
+
+
+async def filed(labels: Mapping[str, str], memo: kopf.Memo, **_: Any) -> None:
+    """A request for a certificate, which has no namespace: it may be for another operator."""
+    namespace = labels.get(names.LABEL_NAMESPACE)
+    if namespace and memo.worker.serves(namespace):
+        _request(memo.worker, namespace, labels.get(names.LABEL_DEPLOYMENT))
 
 
 def _request(worker: Worker, namespace: str | None, name: str | None) -> None:

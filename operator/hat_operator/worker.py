@@ -60,6 +60,10 @@ class Worker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def serves(self, namespace: str) -> bool:
+        """Whether HatDeployments of this namespace are this operator's."""
+        return not self._namespaces or namespace in self._namespaces
+
     def request(self, namespace: str, name: str) -> None:
         """Ask for a pass. During one, and however often, this makes exactly one more."""
         key = (namespace, name)

@@ -31,6 +31,7 @@ VERSIONS = ("0.1.0", "0.1.1")
 SYSTEM, TEAM, SITE_NAMESPACE = "hat-system", "team-a", "hat"
 KUBECONFIG_SECRET = "site-a"
 OPERATOR = "hat-hat-operator"
+_NOT_LISTED = ("componentstatuses", "certificatesigningrequests.certificates.k8s.io")
 _RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 _CLIENT = """
 import json, sys, urllib.error, urllib.request
@@ -253,9 +254,12 @@ class Product:
         return str(answer["choices"][0]["message"]["content"])
 
     def made_for(self, cluster: Cluster, name: str) -> list[str]:
-        """Every object of any kind that carries the HatDeployment's label, KIND/NAME."""
+        """Every object of any kind that carries the HatDeployment's label, KIND/NAME.
+
+        But for pods' requests for certificates, which the API server forgets an hour after they were answered.
+        """
         kinds = cluster.kubectl("api-resources", "--verbs=list", "-o", "name").stdout.split()
-        served = ",".join(sorted(kind for kind in kinds if kind != "componentstatuses"))
+        served = ",".join(sorted(kind for kind in kinds if kind not in _NOT_LISTED))
         said = cluster.kubectl("get", served, "-A", "-l", f"hat.dev/deployment={name}", "-o", "json").stdout
         return sorted(f"{item['kind']}/{item['metadata']['name']}" for item in json.loads(said)["items"])
 

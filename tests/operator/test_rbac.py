@@ -345,7 +345,7 @@ def drift(plane: ControlPlane, namespace: str, name: str, kinds: str) -> None:
 
 
 def test_no_right_is_missing(lived: Lived) -> None:
-    namespaced = not any(one["kind"] == "ClusterRole" for one in lived.objects)
+    namespaced = NODES not in granted(lived.objects)
     # Without the list of nodes a lost device is shown as not ready: values.yaml says so.
     assert refused(lived.home_events, lived.user) == ({NODES} if namespaced else set())
 

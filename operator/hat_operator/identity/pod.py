@@ -32,6 +32,8 @@ RENEW_AT = 2 / 3
 POLL_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 AGAIN_S = (2.0, 5.0, 10.0, 30.0, 60.0)
 """Between two tries where one failed."""
+DENIED_S = 600.0
+"""After a refusal, while the certificate from before is good: each request is an event that somebody reads."""
 GIVE_UP_S = 3600.0
 """An open request is left and another one filed: the API server forgets it some day."""
 _DATA = "..data"
@@ -96,7 +98,10 @@ class Identity:
                 if isinstance(error, DeniedError) and (held is None or held.end <= time.time()):
                     raise
                 # Not all devices at once when an API server comes back.
-                wait_s = AGAIN_S[min(failures, len(AGAIN_S) - 1)] * random.uniform(0.8, 1.2)
+                wait_s = (
+                    DENIED_S if isinstance(error, DeniedError) else AGAIN_S[min(failures, len(AGAIN_S) - 1)]
+                )
+                wait_s *= random.uniform(0.8, 1.2)
                 failures += 1
                 log.warning("no certificate: %s; again in %.0f s", error, wait_s)
                 self._sleep(wait_s)
