@@ -31,8 +31,8 @@ are the text**, through every codec: HAT does not transmit text and token ids, a
 cloud, or from whoever reads the cloud's memory. [SECURITY.md](../../SECURITY.md) says what follows.
 
 Each cell: tokens recovered, in brackets texts recovered whole. Only the user's own tokens count, not those of the chat
-template. All rows go through the codec, answers too. *embedding*: the nearest embedding, the attack behind many a claim
-of privacy; that it fails proves nothing. *pairs*: no weights, but (token, state) pairs that the owner of any device of
+template. All rows go through the codec, answers too. *embedding*: the nearest embedding, an attack that is often
+published alone, and that proves nothing by finding little. *pairs*: no weights, but (token, state) pairs that the owner of any device of
 the fleet can make; a linear probe. *weights*: vocabulary matching, token by token with the prefix's KV cache. *head*:
 final norm and head. A sampled answer is not the likeliest one, but its tokens are the next rounds' shallow states,
 which *weights* reads."""
