@@ -30,12 +30,12 @@ What those who see hidden states recover of the text, by what else they have. **
 are the text**, through every codec: HAT does not transmit text and token ids, and that is all that it keeps from a
 cloud, or from whoever reads the cloud's memory. [SECURITY.md](../../SECURITY.md) says what follows.
 
-Each cell: tokens recovered, in brackets texts recovered whole. Only the user's own tokens count, not those of the chat
-template. All rows go through the codec, answers too. *embedding*: the nearest embedding, the attack behind many a claim
-of privacy; that it fails proves nothing. *pairs*: no weights, but (token, state) pairs that the owner of any device of
-the fleet can make; a linear probe. *weights*: vocabulary matching, token by token with the prefix's KV cache. *head*:
-final norm and head. A sampled answer is not the likeliest one, but its tokens are the next rounds' shallow states,
-which *weights* reads."""
+Each cell: tokens recovered, in brackets texts recovered whole. Only the user's own tokens count, not those of the
+chat template. All rows go through the codec, answers too. *embedding*: the nearest embedding, an attack that is often
+published alone, and that proves nothing by finding little. *pairs*: no weights, but (token, state) pairs that the
+owner of any device of the fleet can make; a linear probe. *weights*: vocabulary matching, token by token with the
+prefix's KV cache. *head*: final norm and head. A sampled answer is not the likeliest one, but its tokens are the next
+rounds' shallow states, which *weights* reads."""
 SHORT_ABOUT = """\
 The same on three prompts of the audit's own, with the texts of `tests/data/prompts.jsonl` for pairs. CI repeats it and
 fails where a figure is more than 5 percent away (the last row, of few tokens that a rounding may change: 25):"""
