@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from prometheus_client import CollectorRegistry
 
 from hat_runtime import __version__
 from hat_runtime.cloud.admin import make_admin_app
+from hat_runtime.cloud.admission import Admission, AdmissionConfig
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.policy import PolicyStore
+from hat_runtime.cloud.quotas import QuotaStore
 from hat_runtime.cloud.server import SERVICE, RuntimeService, Served, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
 from hat_runtime.cloud.tokens import MODE as PICOSPEC
@@ -67,6 +69,12 @@ class CloudConfig:
     kv_pages: int | None = None
     """Pages of the KV cache, instead of kv_bytes."""
     max_sessions: int = 64
+    max_waiting: int = 0
+    """Devices that may wait for a session where there is no place; 0: they are refused at once."""
+    tbt_target_s: float | None = None
+    """No session is let in that would make a decoding Step take longer; None: no bound."""
+    quotas_file: Path | None = None
+    """Limits of tenants and devices, read again when it changes."""
     top_k: int = TOP_K
     """Tokens that answer a refusal with sampler "topk" (mode "picospec")."""
     max_step_tokens: int = frames.MAX_STEP_TOKENS
@@ -107,6 +115,10 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         HatError: the model cannot be loaded, or an address cannot be listened on.
     """
     metrics, devices, policy = CloudMetrics(CollectorRegistry()), DeviceTable(), PolicyStore()
+    quotas = QuotaStore(config.quotas_file)
+    metrics.tenant_label = quotas.label
+    scheduler = replace(config.engine.scheduler, quotas=lambda: quotas.current)
+    config = replace(config, engine=replace(config.engine, scheduler=scheduler))
     if config.policy_file is not None:
         policy.start_from(config.policy_file)
     state: dict[str, str | None] = {"why": "the model is loading"}
@@ -124,11 +136,12 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         return {} if service is None else service.tuning()
 
     app = make_admin_app(metrics.registry, why_not_ready, devices, policy, tuning)
-    async with serving(app, http_socket) as admin_url:
+    async with serving(app, http_socket) as admin_url, quotas.following():
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
-        service = RuntimeService(engine, served, metrics, devices, policy)
+        admission = _admission(config, engine, metrics, quotas)
+        service = RuntimeService(engine, served, metrics, devices, admission, policy)
         server = make_server(service)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -235,6 +248,19 @@ def _assemble(
     )
     tokens = TokenEngine(loaded.runner, loaded.ends, config.engine, metrics, loop, top_k=config.top_k)
     return tokens, served
+
+
+def _admission(config: CloudConfig, engine: Engine, metrics: CloudMetrics, quotas: QuotaStore) -> Admission:
+    cache = engine.runner.cache
+    bounds = AdmissionConfig(
+        config.max_sessions,
+        cache.capacity_tokens,
+        cache.page_tokens,
+        config.engine.scheduler.idle_after_s,
+        config.max_waiting,
+        config.tbt_target_s,
+    )
+    return Admission(bounds, metrics, lambda: quotas.current, lambda: engine.cost.fit())
 
 
 def _device(name: str) -> torch.device:

@@ -15,10 +15,10 @@ from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
 from hat_runtime.cloud import tokens
+from hat_runtime.cloud.admission import Admission, Place
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
-from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.peer import Peer, peer_of
 from hat_runtime.cloud.policy import PolicyStore
@@ -31,7 +31,7 @@ from hat_runtime.wire import codec, frames
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = (1, 3)
+PROTOCOL = (1, 4)
 """Major and minor version of the session protocol."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
@@ -66,6 +66,8 @@ class _Stream:
         self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
         self.peer = Peer()
         """Who is at the other end."""
+        self.place: Place | None = None
+        """Its session's place in the cloud."""
         self.codecs = codec.RAW_ONLY
         """How its Steps are encoded."""
         self._limits = limits
@@ -116,12 +118,14 @@ class RuntimeService:
         served: Served,
         metrics: CloudMetrics,
         devices: DeviceTable,
+        admission: Admission,
         policy: PolicyStore | None = None,
     ) -> None:
         """Without a policy no chunk sizes are proposed."""
         self._engine = engine
         self._policy = policy or PolicyStore()
-        self._load = Load()
+        self._load = admission.load
+        self._admission = admission
         self._served = served
         self._metrics = metrics
         self._devices = devices
@@ -145,6 +149,7 @@ class RuntimeService:
     def drain(self, deadline_s: float) -> None:
         """Refuse new sessions and tell the open ones to leave within `deadline_s` seconds."""
         self._draining = True
+        self._admission.drain()
         notice = pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=round(deadline_s * 1000))))
         for _, stream in self._sessions.values():
             stream.events.put_nowait(notice)
@@ -192,7 +197,7 @@ class RuntimeService:
         try:
             session = await self._open(requests, context, stream)
             reader = asyncio.create_task(self._read(requests, session, stream))
-            yield self._opened(session)
+            yield self._opened(session, stream)
             while (event := await stream.events.get()) is not None:
                 if isinstance(event, Failed):
                     raise ProtocolError(event.text, event.code, event.retry_after_s)
@@ -216,6 +221,8 @@ class RuntimeService:
             self._metrics.ended.labels(code.name).inc()
             if reader is not None:
                 reader.cancel()
+            if stream.place is not None:
+                self._admission.leave(stream.place)
             if session is not None:
                 self._sessions.pop(session.id, None)
                 self._engine.close(session)
@@ -231,15 +238,18 @@ class RuntimeService:
         opening = message.open
         request_id.set(sane_request_id(opening.request_id) or "-")
         self._check_handshake(opening)
-        self._make_room()
-        session = Session(
+        stream.peer = peer_of(opening, context)
+        end, wait_s = stream.events.put_nowait, opening.deadline_ms / 1000
+        stream.place = place = await self._admission.admit(stream.peer, end, wait_s)
+        session = place.session = Session(
             id=secrets.token_hex(16),
-            max_tokens=opening.max_tokens or self._served.limits.max_tokens,
+            max_tokens=min(place.max_tokens, opening.max_tokens or self._served.limits.max_tokens),
             deliver=stream.events.put_nowait,
+            tenant=stream.peer.tenant,
+            device=stream.peer.device,
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
-        stream.peer = peer_of(opening, context)
         stream.codecs = _codecs(opening)
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.open(session)
@@ -273,21 +283,6 @@ class RuntimeService:
             text = f"Open.max_tokens={opening.max_tokens} is more than {self._served.limits.max_tokens}"
             raise ProtocolError(text)
 
-    def _make_room(self) -> None:
-        """Under the limit of sessions, if need be by ending the one that is idle longest."""
-        if len(self._sessions) < self._served.limits.max_sessions:
-            return
-        limit = time.monotonic() - self._served.idle_after_s
-        idle = [
-            pair for pair in self._sessions.values() if not pair[0].queue and pair[0].last_active <= limit
-        ]
-        if not idle:
-            text = f"all {self._served.limits.max_sessions} sessions are busy; try again later"
-            raise ProtocolError(text, grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_OVERLOADED_S)
-        session, stream = min(idle, key=lambda pair: pair[0].last_active)
-        del self._sessions[session.id]
-        stream.events.put_nowait(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
-
     def _row_bytes(self, stream: _Stream) -> float:
         if self._served.mode:
             return 0.0
@@ -298,6 +293,8 @@ class RuntimeService:
     def _messages(self, event: Any, stream: _Stream) -> Any:
         if isinstance(event, StepDone):
             work = event.work
+            if work.decodes and not event.stale and stream.alone:
+                self._load.saw_step(work.n + len(work.alternatives), work.waited_s + work.compute_s)
             if work.want is Want.ALL and not event.stale:
                 company = max(0, work.batch_tokens - work.n - len(work.alternatives))
                 self._load.observe(work.waited_s if stream.alone else None, company)
@@ -316,12 +313,16 @@ class RuntimeService:
             return (pb.CloudMessage(notice=pb.Notice(evicted=pb.Evicted(committed=event.committed))),)
         return (event,)
 
-    def _opened(self, session: Session) -> pb.CloudMessage:
+    def _opened(self, session: Session, stream: _Stream) -> pb.CloudMessage:
+        limits = pb.Limits()
+        limits.CopyFrom(self._served.limits)
+        if stream.place is not None:
+            limits.max_tokens = min(limits.max_tokens, stream.place.max_tokens)
         return pb.CloudMessage(
             opened=pb.Opened(
                 session_id=session.id,
                 committed=0,
-                limits=self._served.limits,
+                limits=limits,
                 cost=cost_hints(self._engine.cost.fit(), self._engine.prompt_rows),
                 protocol_minor=PROTOCOL[1],
             )

@@ -117,6 +117,9 @@ class Session:
     max_tokens: int
     deliver: Callable[[Event], None]
     """Takes the session's events; called on the event loop's thread."""
+    tenant: str = ""
+    """Whose shares of passes and of the KV cache it uses."""
+    device: str = ""
     sequence: PagedSequence = field(default_factory=PagedSequence)
     queue: deque[StepWork] = field(default_factory=deque)
     epoch: int = 0
@@ -124,6 +127,9 @@ class Session:
     lost_pages: bool = False
     """Evicted, and the device's upload from `committed` has not arrived yet: what comes before it is stale."""
     evictions: int = 0
+    """Times that its pages were taken while it was active; the scheduler counts them."""
+    idle_evictions: int = 0
+    """Times that they were taken while it was idle."""
     starved: bool = False
     """Waited for pages in the last pass, so it goes first in the next."""
     answered: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from hat_runtime.errors import UsageError
@@ -77,6 +78,12 @@ class Quotas:
     """For each device that is not named; the devices of a tenant that give no name are one."""
     devices: Mapping[str, Limits] = field(default_factory=dict)
 
+    @cached_property
+    def rated(self) -> bool:
+        """Whether anybody's tokens a second are limited."""
+        everybody = (self.tenant_default, self.device_default, *self.tenants.values(), *self.devices.values())
+        return any(limits.tokens_per_second is not None for limits in everybody)
+
     def tenant(self, name: str) -> Limits:
         """Limits of a tenant."""
         return self.tenants.get(name, self.tenant_default)
@@ -123,7 +130,9 @@ def _named(value: object, path: str, default: Limits, *, tenant: bool) -> Mappin
         raise QuotaError(path, f"{len(found)} names", f"must be at most {MAX_NAMES}")
     for name in found:
         if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
-            reason = f"must be a name of 1 to {MAX_NAME} printable characters; put other kinds of values in quotes"
+            reason = (
+                f"must be a name of 1 to {MAX_NAME} printable characters; put other kinds of values in quotes"
+            )
             raise QuotaError(path, name, reason)
     return {name: _limits(item, f"{path}.{name}", default, tenant=tenant) for name, item in found.items()}
 

@@ -21,8 +21,10 @@ from hat_runtime.wire.codec import RAW, codec_named, dtype_name
 from hat_runtime.wire.frames import MAX_FRAME_BYTES, MAX_MESSAGE_BYTES
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 3
+PROTOCOL_MINOR = 4
 TELEMETRY_EVERY_S = 5.0
+PATIENCE = 0.8
+"""Of the time in which a session must be open, what it may wait in the cloud's line: the rest is the link's."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class CloudLink(CloudView):
             protocol_minor=PROTOCOL_MINOR,
             device=device_name,
             mode=binding.mode,
+            deadline_ms=round(PATIENCE * self.timeout_s * 1000),
         )
         session.open(message, self.limits, self.timeout_s)
         return session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, HatError
+from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, HatError, UsageError
 
 RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata in which an overloaded cloud says when to try again."""
@@ -32,6 +32,8 @@ def explain(error: grpc.aio.AioRpcError, address: str) -> HatError:
         return CloudOverloaded(f"the cloud at {address} is full: {details}", _retry_after_s(error))
     if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED):
         return CloudUnavailable(f"the cloud at {address} ended the session: {details}", _retry_after_s(error))
+    if code is grpc.StatusCode.OUT_OF_RANGE:
+        return UsageError(f"the cloud at {address}: {details}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return HandshakeError(f"{address} does not speak HAT's session protocol ({details})")
     if code is grpc.StatusCode.FAILED_PRECONDITION:
