@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from hat_runtime.control.quotas import QuotaError, Quotas, parse
+from hat_runtime.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def read(path: Path, text: bytes | None = None) -> Quotas:
         text: what it holds; None: read it.
 
     Raises:
-        QuotaError: it cannot be read, is no YAML, or a field is wrong; the text names file and field.
+        UsageError: it cannot be read, is no YAML, or a field is wrong; the text names file and field.
     """
     where = f"--quotas {path}"
     try:
@@ -39,15 +40,17 @@ def read(path: Path, text: bytes | None = None) -> Quotas:
             with path.open("rb") as file:
                 text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise QuotaError(where, f"more than {MAX_BYTES} bytes", "is too long")
+            raise UsageError(f"{where}: is too long: more than {MAX_BYTES} bytes")
         return parse(yaml.safe_load(text))
+    except QuotaError as error:
+        raise UsageError(f"{where}: {error}") from None
     except OSError as error:
-        raise QuotaError(where, str(path), error.strerror or str(error)) from None
+        raise UsageError(f"{where}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise QuotaError(where, path.name, f"must be YAML or JSON: {place}{problem}") from None
+        raise UsageError(f"{where}: must be YAML or JSON: {place}{problem}") from None
 
 
 class QuotaStore:
@@ -57,7 +60,7 @@ class QuotaStore:
         """Read the file; without one nobody is limited.
 
         Raises:
-            QuotaError: as `read`.
+            UsageError: as `read`.
         """
         self._path = path
         self._text = b""
@@ -97,7 +100,7 @@ class QuotaStore:
                         self._take(new)
                         log.info("--quotas %s: new limits are in effect", path)
                     said = ""
-            except (OSError, QuotaError) as error:
+            except (OSError, UsageError) as error:
                 if str(error) != said:
                     log.error("%s; the limits stay as they are", error)
                 said = str(error)

@@ -39,7 +39,7 @@ class SchedulerConfig:
     max_starved_s: float = 30.0
     """So is one that has waited this long for pages while others ran."""
     max_passed_over: int = 4
-    """After so many passes without room for prompts they have half of one."""
+    """A prompt that so many passes had no room for goes before short Steps, in half of a pass if they fill it."""
     max_evictions: int = 8
     """A session that lost its pages this often while it was active is not preempted again."""
     quotas: Callable[[], Quotas] = Quotas
@@ -124,8 +124,6 @@ class Scheduler:
         self._config = config
         self._turns = Turns()
         self._rooms = PageRoom(cache, config.idle_after_s, config.max_evictions)
-        self._passed_over = 0
-        """Passes in a row in which prompts waited and had no room."""
         self._last_pass = -math.inf
 
     def plan(self, sessions: Iterable[Session], now: float, prompt_rows: int | None = None) -> Plan:
@@ -146,29 +144,35 @@ class Scheduler:
                 self._add(session, this)
         if not this.plan.passes and now - self._last_pass > self._config.idle_after_s:
             self._last_resort(this)
-        planned = this.plan.passes
-        if planned:
+        if this.plan.passes:
             self._last_pass = now
-            prompts_ran = any(self._config.is_prompt(one.pieces[0].work) for one in planned)
-            waits = any(self._is_prompt(one) and id(one) not in this.starved for one in waiting)
-            self._passed_over = self._passed_over + 1 if waits and not prompts_ran else 0
+        served = {
+            one.session.tenant for one in this.plan.passes if self._config.is_prompt(one.pieces[0].work)
+        }
         for session in waiting:
             session.starved = id(session) in this.starved and session not in this.plan.evicted
+            passed_over = self._is_prompt(session) and not session.starved and session.tenant not in served
+            session.passed_over = session.passed_over + 1 if passed_over else 0
         self._refuse(this)
         return this.plan
 
     def _in_turn(self, waiting: Sequence[Session], this: _Round) -> Iterator[Session]:
-        """Who waited for pages in the last pass goes first, then short Steps, then prompts."""
-        kinds: tuple[list[Session], ...] = ([], [], [])
-        for session in waiting:
-            kinds[0 if session.starved else 2 if self._is_prompt(session) else 1].append(session)
-        starved, short, prompts = kinds
-        order = [starved, short, prompts]
-        if prompts and self._passed_over >= self._config.max_passed_over:
-            this.of_prompts = min(this.of_prompts, max(1, this.budget // 2))
-            order = [starved, prompts, short]
-        for kind in order:
-            yield from self._turns.order(kind)
+        """Who waited for pages in the last pass goes first, then short Steps, then prompts, unless they waited long."""
+        starved = [one for one in waiting if one.starved]
+        others = [one for one in waiting if not one.starved]
+        short = [one for one in others if not self._is_prompt(one)]
+        late = self._config.max_passed_over
+        overdue = [one for one in others if self._is_prompt(one) and one.passed_over >= late]
+        prompts = [one for one in others if self._is_prompt(one) and one.passed_over < late]
+        yield from self._turns.order(starved)
+        if overdue:
+            room = this.budget - sum(session.queue[0].left for session in short)
+            later = max(0, this.of_prompts - max(1, this.budget // 2, room))
+            this.of_prompts -= later
+            yield from self._turns.order(overdue)
+            this.of_prompts += later
+        yield from self._turns.order(short)
+        yield from self._turns.order(prompts)
 
     def _add(self, session: Session, this: _Round) -> None:
         """Give a session its part of the pass, if there are rows and pages for it."""
@@ -227,7 +231,9 @@ class Scheduler:
         stuck = [
             one
             for one in this.everyone
-            if one.starved and max(one.queue[0].arrived, one.queue[0].last_pass) <= patience
+            if one.starved
+            and id(one) in this.starved
+            and max(one.queue[0].arrived, one.queue[0].last_pass) <= patience
         ]
         if stuck:
             this.plan.refused = stuck[-1]

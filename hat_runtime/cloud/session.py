@@ -132,6 +132,8 @@ class Session:
     """Times that they were taken while it was idle."""
     starved: bool = False
     """Waited for pages in the last pass, so it goes first in the next."""
+    passed_over: int = 0
+    """Passes in a row in which a prompt's Step might have had rows, and none of its tenant had any."""
     answered: float = 0.0
     """Monotonic seconds of the latest answer with deep states."""
     away_s: float | None = None

@@ -179,6 +179,20 @@ def test_a_flood_of_short_steps_leaves_room_for_a_prompt() -> None:
     assert prompt.session.committed == 160
 
 
+def test_a_tenant_s_answers_do_not_use_up_the_rate_that_its_prompt_needs() -> None:
+    """Beside another tenant's prompts, which have room."""
+    quotas = Quotas(tenants={"slow": Limits(tokens_per_second=100, burst_tokens=10)})
+    cloud = Cloud(10**5, quotas, {"max_batch_tokens": 64})
+    cloud.device("free", 10**5, 0)
+    for _ in range(4):
+        cloud.device("slow", 1, 10**6, rows=8)
+    cloud.step()
+    prompt = cloud.device("slow", 60, 0)
+    for _ in range(200):
+        cloud.step()
+    assert prompt.session.committed == 60
+
+
 def test_a_rate_delays_its_own_tenant_only() -> None:
     cloud = Cloud(
         10**5,
