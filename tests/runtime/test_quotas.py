@@ -38,7 +38,7 @@ async def cloud_with(
         fields["quotas_file"] = folder / "quotas.yaml"
     scheduler = SchedulerConfig(max_batch_tokens=batch, idle_after_s=fields.pop("idle_after_s", 60.0))
     settings = {"input_layers": 2, "dtype": "float32", "kv_pages": 400, "page_tokens": 4, "drain_s": 0.1}
-    config = CloudConfig(model, engine=EngineConfig(scheduler), **(settings | fields))
+    config = CloudConfig(model, engine=EngineConfig(scheduler, threads=1), **(settings | fields))
     async with running_cloud(config) as cloud, channel_to(cloud) as stub:
         yield cloud, stub
         await all_back(cloud)
@@ -112,6 +112,7 @@ async def test_a_tenant_s_and_a_device_s_sessions_are_counted_and_released(
         await closed_one(first)
         again = await open_session(stub, cloud, tenant="acme", device="one")
         await decode(again, 0, 3)
+        await cloud.engine.idle()  # a pass is counted after its answers have left
         assert registry.get_sample_value("hat_tenant_tokens_computed_total", {"tenant": "acme"}) == 3
         assert refusals(cloud, "tenant_sessions") == refusals(cloud, "device_sessions") == 1
         await closed(cloud, second, other, again)
@@ -181,8 +182,8 @@ async def test_a_cloud_does_not_start_with_a_wrong_file(
 
 async def test_many_sessions_of_one_tenant_get_no_more_rows_than_one_of_another(tiny_llama: Path) -> None:
     """Rows are counted, not time: while both want all there is, each has half."""
-    got, wanted = {"greedy": 0, "modest": 0}, 1000
-    async with cloud_with(tiny_llama, batch=32, kv_pages=4000) as (cloud, stub):
+    got, wanted = {"greedy": 0, "modest": 0}, 240
+    async with cloud_with(tiny_llama, batch=16, kv_pages=1000) as (cloud, stub):
         saw_rows = cloud.metrics.saw_rows
 
         def count(tenant: str, computed: int) -> None:
@@ -198,17 +199,17 @@ async def test_many_sessions_of_one_tenant_get_no_more_rows_than_one_of_another(
         async def upload(session: RawSession) -> None:
             """Prompt after prompt, the next ones sent before the first is done."""
             for _ in range(4):
-                await session.step(0, rows(200), pb.WANT_NONE)
+                await session.step(0, rows(60), pb.WANT_NONE)
             while True:
                 await session.result()
-                await session.step(0, rows(200), pb.WANT_NONE)
+                await session.step(0, rows(60), pb.WANT_NONE)
 
         tasks = [asyncio.create_task(upload(session)) for session in many]
-        while cloud.engine.runner.cache.free_pages > 3900:
+        while cloud.engine.runner.cache.free_pages > 980:
             await asyncio.sleep(0.005)
-        for _ in range(wanted // 200):
-            await one.step(0, rows(200), pb.WANT_NONE)
-        for _ in range(wanted // 200):
+        for _ in range(wanted // 60):
+            await one.step(0, rows(60), pb.WANT_NONE)
+        for _ in range(wanted // 60):
             await one.result()
         for task in tasks:
             task.cancel()
