@@ -89,6 +89,12 @@ class Planned:
         """Rows of all pieces, alternatives included."""
         return sum(piece.last - piece.first + len(piece.aside) for piece in self.pieces)
 
+    @property
+    def everything(self) -> bool:
+        """Nothing is left in the session's queue."""
+        last = self.pieces[-1]
+        return last.work is self.session.queue[-1] and last.last == last.work.n
+
 
 @dataclass
 class Plan:
@@ -153,6 +159,8 @@ class Scheduler:
             session.starved = id(session) in this.starved and session not in this.plan.evicted
             passed_over = self._is_prompt(session) and not session.starved and session.tenant not in served
             session.passed_over = session.passed_over + 1 if passed_over else 0
+        everything = {id(one.session) for one in this.plan.passes if one.everything}
+        self._turns.end(one for one in waiting if id(one) not in everything and id(one) not in this.starved)
         self._refuse(this)
         return this.plan
 

@@ -63,6 +63,14 @@ class Turns:
         for scope, _ in _scopes(session, quotas) if quotas.rated else ():
             self._throttle.spend(scope, rows)
 
+    def end(self, left: Iterable[Session]) -> None:
+        """The pass is planned.
+
+        Args:
+            left: the sessions that wanted more rows and could have used them.
+        """
+        self._share.end({session.tenant for session in left})
+
     def _level(self, scope: Scope, limits: Limits, now: float) -> float:
         return self._throttle.level(scope, limits.tokens_per_second, limits.burst, now)
 

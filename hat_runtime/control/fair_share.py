@@ -15,9 +15,9 @@ class FairShare:
 
     def __init__(self) -> None:
         self._used: dict[str, float] = {}
-        self._here: frozenset[str] = frozenset()
+        self._left: frozenset[str] = frozenset()
         self._now = 0.0
-        """The least virtual time among those that wanted something when it was asked last."""
+        """Where those start that wanted nothing more after the latest round."""
 
     def begin(self, wanting: Collection[str]) -> None:
         """A round begins.
@@ -26,14 +26,24 @@ class FairShare:
             wanting: the tenants that want something in it.
         """
         for tenant in wanting:
-            if tenant not in self._here:
+            if tenant not in self._left:
                 self._used[tenant] = max(self._used.get(tenant, 0.0), self._now)
-        self._here = frozenset(wanting)
-        if self._here:
-            self._now = min(self._used[tenant] for tenant in self._here)
-        # Who is away and behind the others would start where they are in any case.
+
+    def end(self, left: Collection[str]) -> None:
+        """The round is over.
+
+        Args:
+            left: the tenants that could have had more. The others have all they want: they must not hold back the time
+                of a third one that returns, who would be given what they never asked for.
+        """
+        self._left = frozenset(left)
+        if self._left:
+            self._now = max(self._now, min(self.used(tenant) for tenant in self._left))
+        else:
+            self._now = max(self._now, *self._used.values(), self._now)
+        # Who is away and not ahead of the others would start where they are in any case.
         self._used = {
-            name: used for name, used in self._used.items() if name in self._here or used > self._now
+            name: used for name, used in self._used.items() if name in self._left or used > self._now
         }
 
     def used(self, tenant: str) -> float:

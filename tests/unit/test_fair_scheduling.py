@@ -169,6 +169,19 @@ def test_who_comes_later_does_not_get_what_it_has_missed() -> None:
     assert abs(cloud.rows["early"] - cloud.rows["late"]) <= 64
 
 
+def test_who_decodes_does_not_hold_back_who_computes_a_prompt() -> None:
+    cloud = Cloud(10**5, config={"max_batch_tokens": 64})
+    cloud.device("prompts", 40_000, 0)
+    cloud.device("decodes", 1, 10**6)
+    for _ in range(200):
+        cloud.step()
+    cloud.device("late", 9000, 0)
+    cloud.rows.clear()
+    for _ in range(40):
+        cloud.step()
+    assert abs(cloud.rows["prompts"] - cloud.rows["late"]) <= 64
+
+
 def test_a_flood_of_short_steps_leaves_room_for_a_prompt() -> None:
     cloud = Cloud(10**5, config={"max_batch_tokens": 32, "max_passed_over": 4})
     for _ in range(40):

@@ -160,18 +160,40 @@ def test_no_two_that_want_grow_apart(
         amount = data.draw(st.floats(1, 10))
         share.charge(first, amount, weights.get(first, 1.0))
         got[first] += amount / weights.get(first, 1.0)
+        share.end(wanting)
         if both_since is not None:
             grown = [got[name] - both_since[name] for name in "ab"]
             assert abs(grown[0] - grown[1]) <= 2 * 10 / min([1.0, *weights.values()])
 
 
 def test_who_is_away_is_forgotten_and_saves_up_nothing() -> None:
-    share = FairShare()
+    share, got = FairShare(), 0
     share.begin({"early", "stays"})
-    for number in range(1000):
-        visitor = f"visitor-{number}"
-        share.begin({visitor, "stays"})
-        share.charge(min(("stays", visitor), key=share.used), 1)  # who came first, if equal
+    share.end({"stays"})
+    visitors = [f"visitor-{number}" for number in range(600)]
+    for _ in range(1000):  # each leaves when it has been served
+        share.begin({visitors[-1], "stays"})
+        first = min(("stays", visitors[-1]), key=share.used)
+        share.charge(first, 1)
+        got += first == "stays"
+        if first != "stays":
+            visitors.pop()
+        share.end({"stays"} if first != "stays" else {visitors[-1], "stays"})
     assert len(share) <= 3
+    assert 490 <= got <= 510
     share.begin({"early", "stays"})
     assert share.used("stays") - share.used("early") <= 2
+
+
+def test_who_wants_little_holds_nobody_back() -> None:
+    """One wants all, one a little at a time; a third that comes later gets half, not all, of what the first had."""
+    share, got = FairShare(), {"all": 0.0, "late": 0.0}
+    for number in range(300):
+        late = {"late"} if number >= 200 else set()
+        share.begin({"all", "little"} | late)
+        share.charge("little", 0.1)
+        first = min(("all", *late), key=share.used)
+        share.charge(first, 1)
+        got[first] += number >= 200
+        share.end({"all"} | late)
+    assert abs(got["all"] - got["late"]) <= 2
