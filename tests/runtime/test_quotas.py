@@ -205,7 +205,8 @@ async def test_many_sessions_of_one_tenant_get_no_more_rows_than_one_of_another(
                 await session.step(0, rows(60), pb.WANT_NONE)
 
         tasks = [asyncio.create_task(upload(session)) for session in many]
-        while cloud.engine.runner.cache.free_pages > 980:
+        registry = cloud.metrics.registry
+        while not registry.get_sample_value("hat_tokens_computed_total", {"kind": "prefill"}):
             await asyncio.sleep(0.005)
         for _ in range(wanted // 60):
             await one.step(0, rows(60), pb.WANT_NONE)
