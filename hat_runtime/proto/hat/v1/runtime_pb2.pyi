@@ -325,6 +325,7 @@ class Open(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DECODE_CODEC_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Must equal the cloud's; a mismatch is FAILED_PRECONDITION before any compute."""
@@ -348,6 +349,10 @@ class Open(_message.Message):
     """How all other rows are encoded. Empty: as the prompt's. Since 1.2."""
     resumable: _builtins.bool
     """The device may come back: when the stream is lost, the cloud keeps the session for Opened.resume_ms. Since 1.4."""
+    deadline_ms: _builtins.int
+    """How long the device waits for a place if there is none, in milliseconds; 0: it does not. A cloud may refuse it before,
+    with RESOURCE_EXHAUSTED and when to try again (trailing metadata grpc-retry-pushback-ms). Since 1.4.
+    """
     mode: _builtins.str
     """As DescribeReply.mode; a mismatch is FAILED_PRECONDITION. Since 1.2."""
     @_builtins.property
@@ -374,11 +379,12 @@ class Open(_message.Message):
         device: _builtins.str = ...,
         decode_codec: _builtins.str = ...,
         resumable: _builtins.bool = ...,
+        deadline_ms: _builtins.int = ...,
         mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "deadline_ms", b"deadline_ms", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
