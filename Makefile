@@ -147,6 +147,10 @@ full-acceptance: $(STAMP)  ## tokens a round of every drafter on the report sets
 full-capacity: $(STAMP)  ## what a core of the cloud serves, with and without speculation
 	@$(BIN)/python benchmarks/capacity.py $(ARGS)
 
+.PHONY: full-overload
+full-overload: $(STAMP)  ## three times as many devices as the cloud has time for: speed, refusals, memory, shares
+	@$(BIN)/python benchmarks/overload.py $(ARGS)
+
 .PHONY: full-chunking
 full-chunking: $(STAMP)  ## chunk sizes that follow link and load against every fixed one; what prompts cost others
 	@$(BIN)/python benchmarks/chunking.py $(ARGS)

@@ -159,7 +159,6 @@ class Pod:
 
     def _apply_evictions(self, plan: Plan) -> None:
         for session in plan.evicted:
-            session.evictions += bool(session.queue)
             session.lost_pages = True
             session.deliver(Evicted(session.committed))
             while session.queue:

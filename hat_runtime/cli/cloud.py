@@ -74,6 +74,26 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--max-sessions", type=int, default=64, help="sessions at once (default %(default)s)")
     serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=0,
+        metavar="N",
+        help="devices that may wait for a session when there is no place; 0: they are told at once when to try again "
+        "(default %(default)s)",
+    )
+    serve.add_argument(
+        "--tbt-target-ms",
+        default="none",
+        metavar="MS",
+        help="let no session in that would make a decoding Step take longer than this in the cloud. none: only "
+        "--max-sessions counts (default %(default)s)",
+    )
+    serve.add_argument(
+        "--quotas",
+        metavar="FILE",
+        help="limits of tenants and devices, YAML or JSON (docs/operations.md); read again when the file changes",
+    )
+    serve.add_argument(
         "--max-batch-tokens",
         type=int,
         default=512,
@@ -116,6 +136,8 @@ def _serve(args: argparse.Namespace) -> int:
     for option in ("page_tokens", "max_sessions", "max_batch_tokens", "threads"):
         options.check_positive(getattr(args, option), "--" + option.replace("_", "-"))
     fault_options.check_cloud(args)
+    if args.max_waiting < 0:
+        raise UsageError(f"--max-waiting {args.max_waiting}: must be 0 or more")
     config = CloudConfig(
         model=Path(args.model),
         input_layers=args.input_layers,
@@ -135,6 +157,9 @@ def _serve(args: argparse.Namespace) -> int:
         page_tokens=args.page_tokens,
         kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 2**30),
         max_sessions=args.max_sessions,
+        max_waiting=args.max_waiting,
+        tbt_target_s=_target_s(args.tbt_target_ms),
+        quotas_file=None if args.quotas is None else Path(args.quotas),
         policy_file=None if args.policy_file is None else Path(args.policy_file),
         engine=EngineConfig(
             scheduler=SchedulerConfig(
@@ -164,6 +189,21 @@ def _serve(args: argparse.Namespace) -> int:
 
     asyncio.run(serve())
     return 0
+
+
+def _target_s(tbt_target_ms: str) -> float | None:
+    """Of --tbt-target-ms. Raises UsageError."""
+    if tbt_target_ms == "none":
+        return None
+    try:
+        target_ms = float(tbt_target_ms)
+    except ValueError:
+        target_ms = -1.0
+    if not 0 < target_ms < math.inf:
+        raise UsageError(
+            f"--tbt-target-ms {tbt_target_ms!r}: must be none or a number above 0, for example 150"
+        )
+    return target_ms / 1e3
 
 
 def _courtesy(max_stretch: str) -> Courtesy | None:

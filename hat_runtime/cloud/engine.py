@@ -287,7 +287,6 @@ class Engine:
 
     def _apply_evictions(self, plan: Plan) -> None:
         for session in plan.evicted:
-            session.evictions += bool(session.queue)
             session.lost_pages = True
             self._forget(session)
             self._metrics.evictions.inc()
@@ -296,8 +295,8 @@ class Engine:
                 self._answer(session, StepDone(session.queue.popleft(), stale=True))
                 self._metrics.stale.inc()
         if plan.refused is not None:
-            text = f"the KV cache ({self.runner.cache.num_pages} pages) is full; try again later"
-            self._fail(plan.refused, Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after_s=1.0))
+            failure = Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, plan.reason, retry_after_s=1.0)
+            self._fail(plan.refused, failure)
 
     def _forget(self, session: Session) -> None:
         """The session's KV cache is gone: drop what goes with it."""
@@ -420,6 +419,7 @@ class Engine:
         for planned in passes:
             is_prompt = self._config.scheduler.is_prompt(planned.pieces[0].work)
             self._metrics.tokens.labels("prefill" if is_prompt else "short").inc(planned.rows)
+            self._metrics.saw_rows(planned.session.tenant, planned.rows)
         self._sessions.count_pages()
 
     def _flush(self) -> None:

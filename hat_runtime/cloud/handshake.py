@@ -18,7 +18,6 @@ class Served:
 
     identity: pb.ModelIdentity
     limits: pb.Limits
-    idle_after_s: float
     mode: str = ""
     """"" for hidden states, MODE of tokens.py for token ids."""
     vocab_size: int = 0

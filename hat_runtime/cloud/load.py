@@ -19,6 +19,10 @@ class Load:
         self._last: float | None = None
         self._wait_s = 0.0
         self._company = 0.0
+        self._step_s = 0.0
+        self._stepped: float | None = None
+        self.rows = 1.0
+        """Of a Step that decodes, moving average."""
 
     def observe(self, wait_s: float | None, company: int) -> None:
         """A Step was answered.
@@ -35,6 +39,24 @@ class Load:
         elif not busy:
             self._wait_s = 0.0
         self._company = past * self._company + (1 - past) * company
+
+    def saw_step(self, rows: int, seconds: float) -> None:
+        """A Step of an answer, the only one of its session, was answered.
+
+        Args:
+            rows: its tokens and alternatives.
+            seconds: from its arrival to its answer.
+        """
+        now = self._clock()
+        past = PAST if self._stepped is not None and now - self._stepped <= IDLE_S else 0.0
+        self._stepped = now
+        self.rows = past * self.rows + (1 - past) * rows
+        self._step_s = past * self._step_s + (1 - past) * seconds
+
+    def step_s(self) -> float:
+        """What a Step of an answer takes, in seconds; 0 while there are none."""
+        busy = self._stepped is not None and self._clock() - self._stepped <= IDLE_S
+        return self._step_s if busy else 0.0
 
     def figures(self) -> dict[str, float]:
         """`wait_s` and `company_tokens`; both 0 while the cloud is idle."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter as Count
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -12,6 +13,10 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 RATES = (1e4, 1e5, 5e5, 1e6, 2e6, 5e6, 1e7, 2e7, 5e7, 1e8)
 
+REASONS = ("sessions", "tenant_sessions", "device_sessions", "tbt_target", "deadline", "line")
+"""What a session is refused for: the cloud's, a tenant's or a device's limit of sessions, the time of Steps; after it
+waited for one of them for too long, or gave up its place in the line."""
+
 
 class CloudMetrics:
     """All metrics of one cloud process."""
@@ -19,6 +24,7 @@ class CloudMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         """Register everything in `registry`; one registry per cloud, so that several can live in one process."""
         self.registry = registry
+        self._shown: set[str] = set()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"hat_{name}", text, labels, registry=registry)
@@ -36,6 +42,18 @@ class CloudMetrics:
         self.sessions_waiting = gauge(
             "num_sessions_waiting", "Sessions with queued Steps outside the latest pass"
         )
+        self.sessions_queued = gauge("num_sessions_queued", "Devices that wait for a place")
+        self.refused = counter(
+            "sessions_refused", "Sessions that were refused a place, by what was short", "reason"
+        )
+        for reason in REASONS:
+            self.refused.labels(reason)
+        self.tenant_label: Callable[[str], str | None] = lambda _: None
+        """Under which name a tenant is counted; None: no tenant is (QuotaStore.label)."""
+        self.tenant_rows = counter(
+            "tenant_tokens_computed", "Rows computed, by tenant of the quotas", "tenant"
+        )
+        self.tenant_sessions = gauge("tenant_sessions_open", "Sessions, by tenant of the quotas", "tenant")
         self.kv_usage = gauge("kv_cache_usage_ratio", "Share of the KV pages that sessions own, 0 to 1")
         self.step_seconds = histogram("cloud_step_seconds", "Duration of an engine pass", SECONDS)
         self.predicted_seconds = counter(
@@ -85,6 +103,18 @@ class CloudMetrics:
         self.step_wait.set_function(lambda: load()["wait_s"])
         self.step_company.set_function(lambda: load()["company_tokens"])
         self.prompt_rows.set_function(prompt_rows)
+
+    def saw_rows(self, tenant: str, rows: int) -> None:
+        """Count rows computed for a tenant."""
+        if (name := self.tenant_label(tenant)) is not None:
+            self.tenant_rows.labels(name).inc(rows)
+
+    def show_tenants(self, tenants: Iterable[str]) -> None:
+        """Show how many sessions each tenant has: one name for each session."""
+        held = Count(name for tenant in tenants if (name := self.tenant_label(tenant)) is not None)
+        for name in {*held, *self._shown}:
+            self.tenant_sessions.labels(name).set(held[name])
+        self._shown = set(held)
 
     def saw_cost(self, predicted_s: float | None, cost: PassCost | None) -> None:
         """Show what the cost model expected of a pass, in seconds, and the model; None where there is none yet."""

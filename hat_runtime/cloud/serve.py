@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from prometheus_client import CollectorRegistry
 from hat_runtime import __version__
 from hat_runtime.cloud.access import Access
 from hat_runtime.cloud.admin import control_routes, health_routes
+from hat_runtime.cloud.admission import Admission, AdmissionConfig
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.handshake import Served
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.ports import add_grpc_port, serving_http
+from hat_runtime.cloud.quotas import QuotaStore
 from hat_runtime.cloud.resumption import TTL_S
 from hat_runtime.cloud.server import SERVICE, RuntimeService, make_server
 from hat_runtime.cloud.token_engine import TokenEngine
@@ -76,6 +78,12 @@ class CloudConfig:
     kv_pages: int | None = None
     """Pages of the KV cache, instead of kv_bytes."""
     max_sessions: int = 64
+    max_waiting: int = 0
+    """Devices that may wait for a session where there is no place; 0: they are refused at once."""
+    tbt_target_s: float | None = None
+    """No session is let in that would make a decoding Step take longer; None: no bound."""
+    quotas_file: Path | None = None
+    """Limits of tenants and devices, read again when it changes."""
     top_k: int = TOP_K
     """Tokens that answer a refusal with sampler "topk" (mode "picospec")."""
     max_step_tokens: int = frames.MAX_STEP_TOKENS
@@ -153,6 +161,10 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
         HatError: the model cannot be loaded, or an address cannot be listened on.
     """
     metrics, devices, policy = CloudMetrics(CollectorRegistry()), DeviceTable(), PolicyStore()
+    quotas = QuotaStore(config.quotas_file)
+    metrics.tenant_label = quotas.label
+    scheduler = replace(config.engine.scheduler, quotas=lambda: quotas.current)
+    config = replace(config, engine=replace(config.engine, scheduler=scheduler))
     if config.policy_file is not None:
         policy.start_from(config.policy_file)
     state: dict[str, str | None] = {"why": "the model is loading"}
@@ -174,12 +186,13 @@ async def running_cloud(config: CloudConfig) -> AsyncIterator[RunningCloud]:
     control_side = control_routes(devices, policy, tuning)
     admin = (config.admin_host, config.admin_port)
     http = serving_http(health_side, control_side, http_socket, admin, access)
-    async with http as (http_url, admin_url):
+    async with http as (http_url, admin_url), quotas.following():
         loaded = await in_passing_thread(_load, config)
         limits = _limits(config, loaded)
         engine, served = _assemble(config, loaded, limits, metrics)
+        admission = _admission(config, engine, metrics, quotas)
         service = RuntimeService(
-            engine, served, metrics, devices, policy, access, resume_ttl_s=config.resume_ttl_s
+            engine, served, metrics, devices, admission, policy, access, resume_ttl_s=config.resume_ttl_s
         )
         server = make_server(service)
         health_service = health.aio.HealthServicer()
@@ -285,20 +298,32 @@ def _assemble(
     config: CloudConfig, loaded: _Loaded, limits: pb.Limits, metrics: CloudMetrics
 ) -> tuple[Engine, Served]:
     """The engine of the mode, and what handshakes are compared with."""
-    loop, idle_after_s = asyncio.get_running_loop(), config.engine.scheduler.idle_after_s
+    loop = asyncio.get_running_loop()
     if loaded.ends is None:
         engine = Engine(loaded.runner, config.engine, metrics, loop)
-        return engine, Served(loaded.identity, limits, idle_after_s)
+        return engine, Served(loaded.identity, limits)
     served = Served(
         loaded.identity,
         limits,
-        idle_after_s,
         mode=config.mode,
         vocab_size=loaded.ends.vocab_size,
         tokenizer_id=tokenizer_id(config.model),
     )
     tokens = TokenEngine(loaded.runner, loaded.ends, config.engine, metrics, loop, top_k=config.top_k)
     return tokens, served
+
+
+def _admission(config: CloudConfig, engine: Engine, metrics: CloudMetrics, quotas: QuotaStore) -> Admission:
+    cache = engine.runner.cache
+    bounds = AdmissionConfig(
+        config.max_sessions,
+        cache.capacity_tokens,
+        cache.page_tokens,
+        config.engine.scheduler.idle_after_s,
+        config.max_waiting,
+        config.tbt_target_s,
+    )
+    return Admission(bounds, metrics, lambda: quotas.current, lambda: engine.cost.fit())
 
 
 def _device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,13 +15,13 @@ from google.protobuf.message import DecodeError
 
 from hat_runtime import __version__
 from hat_runtime.cloud.access import Access
+from hat_runtime.cloud.admission import Admission, Place
 from hat_runtime.cloud.assembly import ProtocolError, StepAssembler, cost_hints, result_frames
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine
 from hat_runtime.cloud.handshake import Served, check_fits, codecs_of
-from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
-from hat_runtime.cloud.peer import connected, peer_of
+from hat_runtime.cloud.peer import Peer, connected, peer_of
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.cloud.resumption import TTL_S, LostSessions
 from hat_runtime.cloud.session import Evicted, Failed, Ready, Session, StepDone, Want, unknown_session
@@ -39,6 +40,7 @@ PROTOCOL = (1, 4)
 SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
 RETRY_METADATA = "grpc-retry-pushback-ms"  # gRPC's own name (gRFC A6)
 RETRY_OVERLOADED_S = 1.0
+GOING_AWAY = "this replica is going away"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -52,6 +54,7 @@ class RuntimeService:
         served: Served,
         metrics: CloudMetrics,
         devices: DeviceTable,
+        admission: Admission,
         policy: PolicyStore | None = None,
         access: Access | None = None,
         *,
@@ -64,12 +67,13 @@ class RuntimeService:
         self._engine = engine
         self._access = access or Access()
         self._policy = policy or PolicyStore()
-        self._load = Load()
+        self._load = admission.load
+        self._admission = admission
         self._served = served
         self._metrics = metrics
         self._devices = devices
         self._sessions: dict[str, tuple[Session, Stream]] = {}
-        self._lost = LostSessions(engine.close, ttl_s=resume_ttl_s, most=served.limits.max_sessions)
+        self._lost = LostSessions(self._free, ttl_s=resume_ttl_s)
         self._draining = False
         self._broken: str | None = None
         metrics.show_load(self._load.figures, lambda: engine.prompt_rows)
@@ -91,6 +95,7 @@ class RuntimeService:
     def drain(self, deadline_s: float) -> None:
         """Refuse new sessions and tell the open ones to leave within `deadline_s` seconds."""
         self._draining = True
+        self._admission.close(GOING_AWAY)
         notice = pb.CloudMessage(notice=pb.Notice(drain=pb.Drain(deadline_ms=round(deadline_s * 1000))))
         self._lost.clear()
         for _, stream in self._sessions.values():
@@ -99,19 +104,29 @@ class RuntimeService:
     def give_up(self, reason: str) -> None:
         """The engine answers nobody any more: end every stream with the reason, and refuse new ones."""
         self._broken = reason
+        self._admission.close(reason)
         self._lost.clear()
         for _, stream in self._sessions.values():
             stream.deliver(Failed(grpc.StatusCode.UNAVAILABLE, reason))
 
     def end_refused(self) -> None:
         """End the streams of peers that may not use this cloud any more."""
-        for session, stream in list(self._sessions.values()):
-            try:
-                self._access.check(stream.peer)
-            except ProtocolError as error:
-                del self._sessions[session.id]
-                self._engine.close(session)
-                stream.deliver(Failed(error.code, str(error)))
+        for _, stream in list(self._sessions.values()):
+            if (error := self._refusal(stream.peer)) is not None:
+                self._turn_out(stream, Failed(error.code, str(error)))
+        # The device of a lost session may come back with a certificate that has not expired.
+        self._lost.end_where(
+            lambda peer: (
+                (error := self._refusal(peer)) is not None and error.code is grpc.StatusCode.PERMISSION_DENIED
+            )
+        )
+
+    def _refusal(self, peer: Peer) -> ProtocolError | None:
+        try:
+            self._access.check(peer)
+        except ProtocolError as error:
+            return error
+        return None
 
     def tuning(self) -> dict[str, Any]:
         """What sizes of chunks depend on in this cloud, as GET /v1/devices gives it (docs/operations.md)."""
@@ -184,19 +199,36 @@ class RuntimeService:
             if reader is not None:
                 reader.cancel()
             stream.ended()
-            if session is not None and not stream.fenced:
-                self._part(session, stream, code)
+            if stream.place is not None:
+                self._part(stream.place, stream, code)
 
-    def _part(self, session: Session, stream: Stream, code: grpc.StatusCode) -> None:
+    def _part(self, place: Place, stream: Stream, code: grpc.StatusCode) -> None:
         """A session's stream has ended: keep the session where the device may come back, and free it otherwise."""
-        known = self._sessions.pop(session.id, None) is not None
+        session = place.session
+        known = session is not None and session.id in self._sessions
         lost = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK) and not stream.closed
         if known and lost and stream.resumable and not self._draining and self._broken is None:
+            assert session is not None
             log.info("session %s lost its stream", session.id[:8])
+            del self._sessions[session.id]
+            self._admission.lose(place, lambda _: self._lost.end(session))
             self._engine.lose(session)
-            self._lost.keep(session, stream.peer)
+            self._lost.keep(place)
         else:
+            self._free(place)
+
+    def _free(self, place: Place) -> None:
+        """Free what a session holds, at once and for good: nobody can resume it any more. Again it does nothing."""
+        if (session := place.session) is not None:
+            self._sessions.pop(session.id, None)
             self._engine.close(session)
+        self._admission.leave(place)
+
+    def _turn_out(self, stream: Stream, failure: Failed) -> None:
+        """End a session and its stream."""
+        if stream.place is not None:
+            self._free(stream.place)
+        stream.deliver(failure)
 
     async def _open(
         self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: Stream
@@ -210,17 +242,23 @@ class RuntimeService:
         request_id.set(sane_request_id(opening.request_id) or "-")
         stream.peer = peer_of(opening, context)
         self._access.check(stream.peer)
-        self._check_handshake(opening)
+        self._check_serving()
+        check_fits(opening, self._served)
         stream.codecs = codecs_of(opening)
         stream.pad_rows = opening.pad_results
         stream.resumable = opening.resumable and self._lost.ttl_s > 0
         if opening.HasField("resume"):
             return self._resume(opening.resume.session_id, stream)
-        self._make_room()
-        session = Session(
+        end, wait_s = partial(self._turn_out, stream), opening.deadline_ms / 1000
+        stream.place = place = await self._admission.admit(stream.peer, end, wait_s)
+        self._access.check(stream.peer)  # it may have waited
+        self._check_serving()
+        session = place.session = Session(
             id=secrets.token_hex(16),
-            max_tokens=opening.max_tokens or self._served.limits.max_tokens,
+            max_tokens=min(place.max_tokens, opening.max_tokens or self._served.limits.max_tokens),
             deliver=stream.deliver,
+            tenant=stream.peer.tenant,
+            device=stream.peer.device,
             last_active=time.monotonic(),
         )
         self._sessions[session.id] = (session, stream)
@@ -234,47 +272,30 @@ class RuntimeService:
         """Give a session to another stream of the peer that opened it; the old one may write no more.
 
         Raises:
-            ProtocolError: there is no such session, or not of this peer, or there are too many.
+            ProtocolError: there is no such session, or not of this peer.
         """
-        session = self._lost.of(session_id, stream.peer)
-        if session is not None:
-            self._make_room()
-            self._lost.release(session)
-        elif (held := self._sessions.get(session_id)) and held[1].resumable and held[1].peer == stream.peer:
-            session = held[0]
-            held[1].fence()
-        else:
+        place = self._lost.take(session_id, stream.peer)
+        if place is None and (held := self._sessions.get(session_id)):
+            old = held[1]
+            place = old.fence() if old.resumable and old.peer == stream.peer else None
+        if place is None or (session := place.session) is None:
             unknown = unknown_session(session_id)
             raise ProtocolError(unknown.text, unknown.code)
+        stream.place = place
+        self._admission.take_back(place, stream.peer, partial(self._turn_out, stream))
         self._sessions[session.id] = (session, stream)
         self._devices.heard(stream.peer.device, row_bytes=self._row_bytes(stream))
         self._engine.take_over(session, stream.deliver)
         log.info("session %s resumed", session.id[:8])
         return session
 
-    def _check_handshake(self, opening: pb.Open) -> None:
+    def _check_serving(self) -> None:
         if self._broken is not None:
             raise ProtocolError(self._broken, grpc.StatusCode.UNAVAILABLE)
         if not self._engine.alive:
             raise ProtocolError("the engine failed; see the cloud's log", grpc.StatusCode.UNAVAILABLE)
         if self._draining:
-            raise ProtocolError("this replica is going away", grpc.StatusCode.UNAVAILABLE, RETRY_OVERLOADED_S)
-        check_fits(opening, self._served)
-
-    def _make_room(self) -> None:
-        """Under the limit of sessions, if need be by ending the one that is idle longest."""
-        if len(self._sessions) < self._served.limits.max_sessions:
-            return
-        limit = time.monotonic() - self._served.idle_after_s
-        idle = [
-            pair for pair in self._sessions.values() if not pair[0].queue and pair[0].last_active <= limit
-        ]
-        if not idle:
-            text = f"all {self._served.limits.max_sessions} sessions are busy; try again later"
-            raise ProtocolError(text, grpc.StatusCode.RESOURCE_EXHAUSTED, RETRY_OVERLOADED_S)
-        session, stream = min(idle, key=lambda pair: pair[0].last_active)
-        del self._sessions[session.id]
-        stream.deliver(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
+            raise ProtocolError(GOING_AWAY, grpc.StatusCode.UNAVAILABLE, RETRY_OVERLOADED_S)
 
     def _row_bytes(self, stream: Stream) -> float:
         if self._served.mode:
@@ -286,6 +307,8 @@ class RuntimeService:
     def _messages(self, event: Any, session: Session, stream: Stream) -> Any:
         if isinstance(event, StepDone):
             work = event.work
+            if work.decodes and not event.stale and stream.alone:
+                self._load.saw_step(work.n + len(work.alternatives), work.waited_s + work.compute_s)
             if work.want is Want.ALL and not event.stale:
                 company = max(0, work.batch_tokens - work.n - len(work.alternatives))
                 self._load.observe(work.waited_s if stream.alone else None, company)
@@ -308,11 +331,15 @@ class RuntimeService:
         return (event,)
 
     def _opened(self, session: Session, committed: int, stream: Stream) -> pb.CloudMessage:
+        limits = pb.Limits()
+        limits.CopyFrom(self._served.limits)
+        if stream.place is not None:
+            limits.max_tokens = min(limits.max_tokens, stream.place.max_tokens)
         return pb.CloudMessage(
             opened=pb.Opened(
                 session_id=session.id,
                 committed=committed,
-                limits=self._served.limits,
+                limits=limits,
                 cost=cost_hints(self._engine.cost.fit(), self._engine.prompt_rows),
                 protocol_minor=PROTOCOL[1],
                 resume_ms=round(self._lost.ttl_s * 1000) if stream.resumable else 0,

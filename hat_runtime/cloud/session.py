@@ -129,6 +129,9 @@ class Session:
     max_tokens: int
     deliver: Callable[[Event], None]
     """Takes the session's events; called on the event loop's thread. Another one after a resume."""
+    tenant: str = ""
+    """Whose shares of passes and of the KV cache it uses."""
+    device: str = ""
     sequence: PagedSequence = field(default_factory=PagedSequence)
     queue: deque[StepWork] = field(default_factory=deque)
     epoch: int = 0
@@ -136,8 +139,13 @@ class Session:
     lost_pages: bool = False
     """Evicted, and the device's upload from `committed` has not arrived yet: what comes before it is stale."""
     evictions: int = 0
+    """Times that its pages were taken while it was active; the scheduler counts them."""
+    idle_evictions: int = 0
+    """Times that they were taken while it was idle."""
     starved: bool = False
     """Waited for pages in the last pass, so it goes first in the next."""
+    passed_over: int = 0
+    """Passes in a row in which a prompt's Step might have had rows, and none of its tenant had any."""
     answered: float = 0.0
     """Monotonic seconds of the latest answer with deep states."""
     away_s: float | None = None
@@ -154,6 +162,7 @@ class Session:
         self.queue.clear()
         self.epoch, self.answered = 0, 0.0
         self.starved = self.lost_pages = False
+        self.passed_over = 0
         self.tokens = TokenState()
 
     def note_return(self, work: StepWork) -> None:

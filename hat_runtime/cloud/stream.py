@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 
+from hat_runtime.cloud.admission import Place
 from hat_runtime.cloud.peer import Peer
 from hat_runtime.cloud.session import Event, Failed, StepDone
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
@@ -26,6 +27,8 @@ class Stream:
         self.events: asyncio.Queue[Event | pb.CloudMessage | None] = asyncio.Queue()
         self.peer = Peer()
         """Who is at the other end."""
+        self.place: Place | None = None
+        """Its session's place in the cloud; None before it has one, and when another stream has it."""
         self.codecs = codec.RAW_ONLY
         """How its Steps are encoded."""
         self.pad_rows = 0
@@ -50,10 +53,12 @@ class Stream:
         if isinstance(event, Failed) and self._parting is None and self._writer is not None:
             self._parting = asyncio.get_running_loop().call_later(PARTING_S, self._writer.cancel)
 
-    def fence(self) -> None:
-        """Another stream has the session from now on: this one may not write any more, and ends."""
+    def fence(self) -> Place | None:
+        """Another stream has the session and its place from now on: this one may not write any more, and ends."""
         self.fenced = True
+        place, self.place = self.place, None
         self.deliver(Failed(grpc.StatusCode.ABORTED, "another stream has resumed this session"))
+        return place
 
     def close(self) -> None:
         """The device wants no more of the session."""

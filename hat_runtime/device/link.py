@@ -27,6 +27,8 @@ PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 4
 TELEMETRY_EVERY_S = 5.0
 KEEPALIVE_S = 20.0
+PATIENCE = 0.8
+"""Of the time in which a session must be open, what it may wait in the cloud's line: the rest is the link's."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class CloudLink(CloudView):
             mode=binding.mode,
             resumable=True,
             pad_results=0 if binding.padding is None else binding.padding.round_rows,
+            deadline_ms=round(PATIENCE * self.timeout_s * 1000),
         )
         if resume is not None:
             message.resume.session_id = resume.session_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, HatError
+from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, HatError, UsageError
 from hat_runtime.security.folder import Material
 from hat_runtime.security.tls import connection_fault
 
@@ -53,6 +53,8 @@ def explain(error: grpc.aio.AioRpcError, address: str, material: Material | None
         return SessionEnded(text, _retry_after_s(error))
     if code is grpc.StatusCode.CANCELLED or (code is grpc.StatusCode.UNKNOWN and "Stream removed" in details):
         return CloudUnavailable(f"the cloud at {address} ended the session: {details}", _retry_after_s(error))
+    if code is grpc.StatusCode.OUT_OF_RANGE:
+        return UsageError(f"the cloud at {address}: {details}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return HandshakeError(f"{address} does not speak HAT's session protocol ({details})")
     if code is grpc.StatusCode.FAILED_PRECONDITION:

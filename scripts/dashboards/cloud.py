@@ -163,6 +163,14 @@ def _sessions() -> list[Panel]:
             Query(f"sum by (code) ({rate('hat_streams_ended_total', CLOUD_POD)})", "{{code}}"),
             stacked=True,
         ),
+        graph(
+            "Refused sessions",
+            "Sessions that were refused a place, by what was short: the pod's sessions, a tenant's or a device's "
+            "quota, or the time that Steps may take. Devices come back when the cloud said.",
+            "cps",
+            Query(f"sum by (reason) ({rate('hat_sessions_refused_total', CLOUD_POD)})", "{{reason}}"),
+            stacked=True,
+        ),
         number(
             "Model",
             "What each pod serves: layers and the first digits of the weights' identity. Two identities for longer "

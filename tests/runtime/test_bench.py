@@ -95,6 +95,23 @@ def test_capacity(model: Path, prompts: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_overload(model: Path, prompts: Path) -> None:
+    script = ROOT / "benchmarks" / "overload.py"
+    options = ("--short", "--json", "--model", model, "--prompts", prompts, "--input-layers", "2")
+    command = [sys.executable, str(script), *map(str, options), "--drafter", "ngram"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    alone, many, without, with_quotas = found["rows"]
+    assert alone["refusals"] == 0
+    assert all(row["answers"] > 0 and row["tbt_p99_s"] > 0 for row in found["rows"])
+    assert without["devices"] == with_quotas["devices"] == 3 * max(2, round(many["sessions"]))
+    assert with_quotas["refusals"] > 0  # that many devices are more than the quotas let in
+    assert 0 < with_quotas["modest_share"] < 1
+    assert found["memory"]["most"] > 0
+
+
+@pytest.mark.timeout(300)
 def test_fleet_simulation_and_its_check(model: Path, prompts: Path) -> None:
     """In its short form; and 8 replayed devices against a real cloud, simulated with what was measured there."""
     script = str(ROOT / "benchmarks" / "fleet_simulation.py")

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry
 
+from hat_runtime.cloud.admission import Admission, AdmissionConfig
 from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.engine import Engine, EngineConfig
 from hat_runtime.cloud.handshake import Served
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.server import RuntimeService, make_server
+from hat_runtime.control.quotas import Quotas
 from hat_runtime.model.runner import make_cache
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.proto.hat.v1 import runtime_pb2_grpc as rpc
@@ -81,7 +83,10 @@ class Sessions(RuleBasedStateMachine):
             max_tokens=MOST_TOKENS, max_step_tokens=64, max_frame_bytes=1 << 19, max_inflight_steps=8,
             max_sessions=16,
         )  # fmt: skip
-        self.service = RuntimeService(self.engine, Served(identity, limits, 0.0), metrics, DeviceTable())
+        bounds = AdmissionConfig(limits.max_sessions, PAGES * PAGE_TOKENS, PAGE_TOKENS, idle_after_s=60.0)
+        self.admission = Admission(bounds, metrics, Quotas, lambda: None)
+        served = Served(identity, limits)
+        self.service = RuntimeService(self.engine, served, metrics, DeviceTable(), self.admission)
         self.server = make_server(self.service)
         port = self.server.add_insecure_port("127.0.0.1:0")
         self.engine.start()
@@ -100,6 +105,7 @@ class Sessions(RuleBasedStateMachine):
             await self.engine.idle()
             assert self.engine.runner.cache.free_pages == PAGES
             assert not self.engine._sessions
+            assert not self.admission._places
             self.engine.stop()
 
         self.run(stop())
@@ -301,6 +307,12 @@ class Sessions(RuleBasedStateMachine):
         assert set(found) == {one.id for one in self.sessions}
         assert set(self.service._sessions) == {one.id for one in self.sessions if not one.lost}
         assert set(self.service._lost._lost) == {one.id for one in self.lost}
+        places = self.admission._places
+        assert sorted(place.session.id for place in places if place.session) == sorted(found)
+        assert len(places) == len(found)
+        assert {place.session.id for place in places if place.session and place.lost} == {
+            one.id for one in self.lost
+        }
         for one in self.sessions:
             assert (found[one.id].lost is not None) == one.lost
             if not one.unsure:

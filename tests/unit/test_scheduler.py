@@ -201,3 +201,16 @@ def test_a_pass_never_exceeds_the_budget(budget: int) -> None:
     for n in (1, 2, 17, 40):
         bench.queue(bench.session(1), n)
     assert sum(rows(bench.plan()).values()) == min(budget, 60)
+
+
+def test_sessions_without_a_stream_give_way_first() -> None:
+    """Before one that is idle for longer; and it is not held against them after a resume."""
+    bench = Bench(num_pages=10, idle_after_s=1.0)
+    idle = bench.session(committed=4, last_active=0.0)
+    lost = bench.session(committed=4, last_active=100.0)
+    lost.lost = 100.0
+    busy = bench.session()
+    bench.queue(busy, 5)
+    plan = bench.plan()
+    assert (plan.evicted, rows(plan)) == ([lost], {busy.id: 5})
+    assert (lost.evictions, lost.idle_evictions, len(idle.sequence.pages)) == (0, 0, 4)

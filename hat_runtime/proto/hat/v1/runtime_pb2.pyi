@@ -326,6 +326,7 @@ class Open(_message.Message):
     DECODE_CODEC_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     PAD_RESULTS_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Must equal the cloud's; a mismatch is FAILED_PRECONDITION before any compute."""
@@ -352,6 +353,10 @@ class Open(_message.Message):
     pad_results: _builtins.int
     """Asks for Results of one size each, whatever they hold (Result.padding): those of want ALL are as long as if they had
     a multiple of so many rows, all others as if they had one. 0: no padding. At most limits.max_step_tokens. Since 1.4.
+    """
+    deadline_ms: _builtins.int
+    """How long the device waits for a place if there is none, in milliseconds; 0: it does not. A cloud may refuse it before,
+    with RESOURCE_EXHAUSTED and when to try again (trailing metadata grpc-retry-pushback-ms). Since 1.4.
     """
     mode: _builtins.str
     """As DescribeReply.mode; a mismatch is FAILED_PRECONDITION. Since 1.2."""
@@ -380,11 +385,12 @@ class Open(_message.Message):
         decode_codec: _builtins.str = ...,
         resumable: _builtins.bool = ...,
         pad_results: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
         mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "pad_results", b"pad_results", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "deadline_ms", b"deadline_ms", "decode_codec", b"decode_codec", "device", b"device", "dtype", b"dtype", "hi", b"hi", "lo", b"lo", "max_tokens", b"max_tokens", "mode", b"mode", "model_revision", b"model_revision", "pad_results", b"pad_results", "protocol_minor", b"protocol_minor", "request_id", b"request_id", "resumable", b"resumable", "resume", b"resume", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
