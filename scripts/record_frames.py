@@ -61,6 +61,8 @@ def messages() -> dict[str, Message]:
                 protocol_minor=4,
                 device="jetson-1.site-a",
                 resumable=True,
+                pad_results=8,
+                deadline_ms=8000,
                 mode="picospec",
             )
         ),
@@ -76,6 +78,7 @@ def messages() -> dict[str, Message]:
                 request_id="req-1",
                 decode=True,
                 alternatives=[18],
+                padding=b"\x00\x00",
             )
         ),
         "device_token_step": pb.DeviceMessage(
@@ -136,6 +139,7 @@ def messages() -> dict[str, Message]:
                 compute_us=33000,
                 batch_tokens=9,
                 suggested_chunk=96,
+                padding=b"\x00\x00",
                 cost=pb.CostHints(
                     fixed_s=0.02, per_token_s=0.001, per_pair_s=1e-7, per_cached_s=1e-5, prompt_rows=96
                 ),

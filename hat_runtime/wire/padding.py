@@ -61,8 +61,8 @@ def split_padded(payload: bytes, whole: int, max_bytes: int) -> Iterator[tuple[b
 def fill(frame: pb.Step | pb.Result, size: int) -> None:
     """Set the frame's padding so that it is serialised to `size` bytes; a frame that is larger stays as it is.
 
-    Protobuf writes a field's length in as few bytes as it takes, and an empty field not at all, so that a few sizes cannot
-    be met: such a frame is one byte short, or two.
+    Protobuf writes a field's length in as few bytes as it takes, and an empty field not at all, so that a few sizes
+    cannot be met: such a frame is one byte short, or two.
     """
     missing = size - frame.ByteSize() - 2  # the field's tag and at least one byte of length
     if missing < 1:

@@ -235,7 +235,7 @@ SPECULATION = {
     "alternatives": 8,
     "sampler": "rejection",
 }
-WIRE = {"uplink": "int4", "uplinkDecode": "bf16", "downlink": "none"}
+WIRE = {"uplink": "int4", "uplinkDecode": "bf16", "padFrames": True, "downlink": "none"}
 
 
 def test_drafting_and_codecs_are_kept_as_written(hats: Hats) -> None:
