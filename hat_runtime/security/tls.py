@@ -80,7 +80,7 @@ def peer_certificate(context: Context) -> x509.Certificate | None:
         ValueError: it cannot be read.
     """
     pem = context.auth_context().get(_CERTIFICATE_PROPERTY)
-    return None if pem is None else x509.load_pem_x509_certificate(pem[0])
+    return None if pem is None else x509.load_pem_x509_certificate(next(iter(pem)))
 
 
 def connection_fault(details: str, material: Material | None) -> str | None:
