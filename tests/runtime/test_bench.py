@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,8 @@ def bench(*options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def figures(out: Path) -> list[dict[str, float]]:
-    rows: list[dict[str, float]] = []
+def figures(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     found = json.loads(out.with_suffix(".json").read_text())
     for part in found if isinstance(found, list) else [found]:
         rows += part["rows"]
@@ -46,12 +47,17 @@ def figures(out: Path) -> list[dict[str, float]]:
 def test_the_hat_suite(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.md"
     options = ("--model", model, "--prompts", prompts, "--limit", 2, "--max-new-tokens", 6, "--sessions", 1)
+    names = ("U-shape", "server-only chunking", "+ alternatives")
+    options = (*options, *(option for name in names for option in ("--row", name)))
     done = bench(*options, "--input-layers", 2, "--drafter", "ngram", "--link", "60mbit,10ms", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = figures(out)
-    assert len(rows) == 9
-    assert all(row["ttft_s"] > 0 and row["tbt_s"] > 0 and row["tbt_limit_s"] > 0 for row in rows)
-    assert all(row["row"] in out.read_text() for row in rows)
+    assert tuple(row["row"] for row in rows) == names
+    for row in rows:
+        assert len(row["ttfts_s"]) == 2
+        assert set(row["ttft"]) == {"words"}
+        assert min(*row["ttfts_s"], row["tbt_s"], row["tbt_limit_s"], row["ttft"]["words"]["limit_s"]) > 0
+        assert f"| {row['row']} |" in out.read_text()
 
 
 @pytest.mark.timeout(400)
@@ -71,6 +77,7 @@ def test_the_picospec_suite(model: Path, prompts: Path, tmp_path: Path) -> None:
         (("--max-draft", 3), "--max-draft 3 goes with --suite picospec"),
         (("--suite", "picospec", "--drafter", "ngram"), "--drafter ngram goes with --suite hat"),
         (("--limit", 0), "--limit 0"),
+        (("--row", "+ all"), "--row '+ all': there are U-shape, server-only chunking"),
     ],
 )
 def test_options_that_do_not_go_together(prompts: Path, options: tuple[object, ...], says: str) -> None:

@@ -12,6 +12,7 @@ from hat_runtime.cli.options import add_dtype, check_positive
 from hat_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from hat_runtime.cli.bench.hat_rows import Row
     from hat_runtime.cli.bench.hat_suite import Prompt
     from hat_runtime.cli.bench.outcome import Outcome
     from hat_runtime.emulation.spec import LinkSpec
@@ -85,6 +86,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--drafter", help="hat: as for `hat device serve` (default auto)")
     parser.add_argument("--input-layers", type=int, metavar="M", help="hat: layers on the device (default 3)")
+    parser.add_argument(
+        "--row",
+        action="append",
+        metavar="NAME",
+        help="hat: this row of the table only, as `+ both`; may be given several times (default: all)",
+    )
     parser.add_argument("--max-draft", type=int, metavar="N", help="picospec: drafts of a round (default 4)")
     parser.add_argument(
         "--draft-model",
@@ -112,7 +119,9 @@ def measured(args: argparse.Namespace) -> Outcome:
         UsageError: an option is wrong or belongs to the other suite, or the machine has one core only.
         HatError: a process ended or refused.
     """
-    theirs = ("max_draft", "draft_model") if args.suite == HAT else ("sessions", "drafter", "input_layers")
+    theirs = (
+        ("max_draft", "draft_model") if args.suite == HAT else ("sessions", "drafter", "input_layers", "row")
+    )
     for name in theirs:
         if getattr(args, name) is not None:
             other = PICOSPEC if args.suite == HAT else HAT
@@ -148,6 +157,7 @@ def _hat_suite(args: argparse.Namespace) -> Outcome:
 
     device, cloud = _cores()
     drafter, input_layers = args.drafter or "auto", args.input_layers or INPUT_LAYERS
+    rows = _chosen(make_rows(drafter), args.row)
     folder = prepare(args.model)
     prompts = _in_turns(_prompts(args, folder), args.limit)
     sessions = args.sessions or [1, 4]
@@ -167,9 +177,7 @@ def _hat_suite(args: argparse.Namespace) -> Outcome:
     lengths = [*(length for length in PROMPT_LENGTHS if length < longest), longest]
     bare = bare_prompts(folder, input_layers, lengths, args.dtype, cloud)
     links = _links(args.link, of_cloud)
-    config = SuiteConfig(
-        folder, make_rows(drafter), device, cloud, input_layers, args.dtype, args.max_new_tokens
-    )
+    config = SuiteConfig(folder, rows, device, cloud, input_layers, args.dtype, args.max_new_tokens)
     results: list[hat_report.Result] = []
     with (
         exits_on_sigterm(),
@@ -183,12 +191,20 @@ def _hat_suite(args: argparse.Namespace) -> Outcome:
             warm_up(stand, prompts[0], args.max_new_tokens)
             for count in sessions:
                 samples = measure(stand, prompts, count, args.max_new_tokens, _say)
-                rows = [
+                summaries = [
                     summarise(row, samples[row.name], parts, of_device["t_draft"] or parts.t_in)
                     for row in config.rows
                 ]
-                results.append((name, link, count, parts, rows))
+                results.append((name, link, count, parts, summaries))
     return hat_report.outcome(results)
+
+
+def _chosen(rows: list[Row], names: list[str] | None) -> list[Row]:
+    known = [row.name for row in rows]
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"--row {name!r}: there are {', '.join(known)}")
+    return [row for row in rows if not names or row.name in names]
 
 
 def _picospec_suite(args: argparse.Namespace) -> Outcome:
