@@ -301,26 +301,29 @@ class Engine:
     def _forget(self, session: Session) -> None:
         """The session's KV cache is gone: drop what goes with it."""
 
-    def _pass(self, passes: list[Planned]) -> float | None:
-        """Run one pass and answer what it completes; seconds inside the layers, None if it failed."""
+    def _pass(self, passes: list[Planned], *, again: bool = False) -> float | None:
+        """Run one pass and answer what it completes; seconds inside the layers, None if it failed.
+
+        A pass that raises is repeated (`again`), session by session: what raised by chance is right then, and a session
+        that poisons its passes is alone.
+        """
         now, began = self._clock(), time.perf_counter()
         for planned in passes:
             for piece in planned.pieces:
                 piece.work.last_pass = now
-                if not piece.work.done:
+                if not piece.work.done and not again:
                     self._metrics.queue_seconds.observe(now - piece.work.arrived)
         try:
             outputs = self._forward(passes)
         except Exception as error:
-            if len(passes) == 1 or is_fatal(error):
+            if again or is_fatal(error):
                 self._fail_poisoned(passes[0].session, error)
                 return None
-            # One of them poisons the pass, and nobody knows which: each gets a pass of its own.
             log.warning(
                 "a pass over %d sessions failed (%s); trying each alone", len(passes), type(error).__name__
             )
             for planned in passes:
-                self._pass([planned])
+                self._pass([planned], again=True)
             return None
         forward_s = time.perf_counter() - began
         tokens = sum(planned.rows for planned in passes)

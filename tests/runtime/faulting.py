@@ -83,7 +83,7 @@ class Scene:
         command = [sys.executable, "-m", "tests.runtime.faulty_cloud", "cloud", "serve", *mode]
         command += ["--model", str(self.model), "--dtype", "float32", "--page-tokens", str(PAGE_TOKENS)]
         command += ["--listen", self.address, "--http-listen", self.admin]
-        command += ["--resume-ttl", str(TTL_S), "--drain", "1", "--watchdog", "4", *self.options]
+        command += ["--resume-ttl", str(TTL_S), "--drain", "0.05", "--watchdog", "4", *self.options]
         self.cloud = self.children.start("cloud", command, env={"HAT_FAULT_FILE": str(self.orders)})
 
     async def ready(self) -> None:
