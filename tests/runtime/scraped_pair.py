@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hat_runtime.cloud.serve import running_cloud
+from tests.certificates import Site
 from tests.harness import binaries
 from tests.harness.ci import skip_or_fail
 from tests.harness.prometheus import Prometheus, pod
@@ -19,19 +20,24 @@ EDGE_POD = "chat-edge-0"
 
 @asynccontextmanager
 async def pair_with_prometheus(
-    model: Path, folder: Path, **fields: Any
+    model: Path, folder: Path, site: Site | None = None, **fields: Any
 ) -> AsyncIterator[tuple[Pair, Prometheus]]:
-    """Prometheus finds both as pods of the HatDeployment team/chat; `fields` are the device's settings."""
+    """Prometheus finds both as pods of the HatDeployment team/chat; `fields` are the device's settings.
+
+    With a site they have certificates.
+    """
+    cloud_tls = {} if site is None else {"tls": site.cloud()}
+    device_tls = {} if site is None else {"tls": site.device()}
     try:
         program = binaries.find("prometheus")
     except binaries.MissingProgramError as error:
         skip_or_fail(str(error))
     async with (
-        running_cloud(cloud_config(model)) as cloud,
-        device_for(cloud, model, drafter=f"model:{model}", **fields) as pair,
+        running_cloud(cloud_config(model, **cloud_tls)) as cloud,
+        device_for(cloud, model, drafter=f"model:{model}", **device_tls, **fields) as pair,
     ):
         targets = [
-            pod(cloud.admin_url.removeprefix("http://"), "cloud", "chat-cloud-0"),
+            pod(cloud.http_url.removeprefix("http://"), "cloud", "chat-cloud-0"),
             pod(pair.device.url.removeprefix("http://"), "edge", EDGE_POD),
         ]
         prometheus = Prometheus(program, folder, targets)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hat_runtime.device import link
+from tests.certificates import Site
 from tests.harness import boards
 from tests.runtime.api_pair import MODEL
 from tests.runtime.scraped_pair import pair_with_prometheus
@@ -48,7 +49,8 @@ def wanted() -> dict[str, str]:
 async def test_every_query_finds_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "TELEMETRY_EVERY_S", 0.0)
     model = make_tiny_chat_model(tmp_path / "model")
-    async with pair_with_prometheus(model, tmp_path) as (pair, prometheus):
+    (tmp_path / "tls").mkdir()
+    async with pair_with_prometheus(model, tmp_path, Site(tmp_path / "tls")) as (pair, prometheus):
 
         async def ask(words: int) -> None:
             prompt = " ".join(f"word{number % 7}" for number in range(words))
