@@ -87,7 +87,7 @@ async def soak(seconds: float, folder: Path, seed: int = 1, looks: int = LOOKS) 
     tiny: dict[str, Any] = {"model": target, "dtype": "float32"}
     common_cloud: dict[str, Any] = {"kv_pages": 512, "drain_s": 0.1, "max_sessions": 32}
     common_device: dict[str, Any] = {
-        "cloud": "",
+        "cloud": "127.0.0.1:0",  # replaced by the link's
         "model_name": NAME,
         "kv_tokens": 8192,
         "max_concurrent": 4,
