@@ -51,7 +51,7 @@ CHECKS = (
     Check("types", (str(BIN / "mypy"),), limit_s=600),
     Check("unit", (PYTHON, "-m", "pytest", "tests/unit", "-m", "not long"), limit_s=600, is_pytest=True),
     Check(
-        "runtime", (PYTHON, "-m", "pytest", "tests/runtime", "-m", "not long"), limit_s=1500, is_pytest=True
+        "runtime", (PYTHON, "-m", "pytest", "tests/runtime", "-m", "not long"), limit_s=2100, is_pytest=True
     ),
     Check(  # outside CI it builds a Kubernetes control plane on first use
         "operator",

@@ -18,6 +18,7 @@ from hat_runtime.cloud.scheduler import SchedulerConfig
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.device.connect import connect
 from hat_runtime.device.generator import GenerationRequest, Generator, GeneratorConfig
+from hat_runtime.device.recovery import RecoveryConfig
 from hat_runtime.device.sampling import SamplingParams
 from hat_runtime.device.submodels import DeviceFull
 from hat_runtime.errors import CloudUnavailable, HandshakeError, UsageError
@@ -355,7 +356,8 @@ async def test_a_cloud_that_goes_away_ends_the_answer(tiny_llama: Path) -> None:
     prompt = make_prompts(1)[0]
     config = CloudConfig(tiny_llama, 2, dtype="float32", kv_bytes=1 << 24, drain_s=0.0)
     async with running_cloud(config) as cloud:
-        generator = await connect(tiny_llama, cloud.address, "float32")
+        impatient = GeneratorConfig(recovery=RecoveryConfig(reconnect_for_s=0.5))
+        generator = await connect(tiny_llama, cloud.address, "float32", config=impatient)
         request = ask(generator, prompt, 400)
         events = aiter(generator.generate(request))
         await anext(events)

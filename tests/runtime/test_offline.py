@@ -18,7 +18,9 @@ import pytest
 from hat_runtime.cli.processes import Child, hat_command
 from hat_runtime.device import offline
 from hat_runtime.device.chat import PromptEncoder
+from hat_runtime.device.generator import GeneratorConfig
 from hat_runtime.device.offline import CloudPresence
+from hat_runtime.device.recovery import RecoveryConfig
 from hat_runtime.device.sampling import SamplingParams
 from hat_runtime.device.serve import DeviceConfig
 from hat_runtime.errors import CloudOverloaded, CloudUnavailable, HandshakeError, UsageError
@@ -88,7 +90,8 @@ def cloud_of(model: Path, mode: str) -> Iterator[Cloud]:
 @asynccontextmanager
 async def device(cloud: Cloud, target: Path, **fields: Any) -> AsyncIterator[Pair]:
     nobody: Any = None
-    async with device_for(nobody, target, cloud.address, cloud_wait_s=600.0, **fields) as pair:
+    settings = {"generator": GeneratorConfig(recovery=RecoveryConfig(reconnect_for_s=1.0))} | fields
+    async with device_for(nobody, target, cloud.address, cloud_wait_s=600.0, **settings) as pair:
         yield pair
 
 

@@ -15,6 +15,8 @@ import pytest_asyncio
 from openai import APIError, AsyncOpenAI, AuthenticationError, InternalServerError, RateLimitError
 
 from hat_runtime.cloud.serve import running_cloud
+from hat_runtime.device.generator import GeneratorConfig
+from hat_runtime.device.recovery import RecoveryConfig
 from hat_runtime.device.serve import DeviceConfig, running_device
 from hat_runtime.emulation.link import EmulatedLink, LinkSpec
 from hat_runtime.errors import CloudUnavailable, HandshakeError, HatError, UsageError
@@ -23,6 +25,8 @@ from tests.tiny_chat import make_tiny_chat_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+IMPATIENT = GeneratorConfig(recovery=RecoveryConfig(reconnect_for_s=0.5))
+"""For a cloud that stays away."""
 BODY: dict[str, Any] = {
     "model": MODEL,
     "messages": [{"role": "user", "content": "The quick brown fox"}],
@@ -166,7 +170,7 @@ async def test_a_cloud_that_goes_away_and_comes_back(folder: Path) -> None:
     async with AsyncExitStack() as stack:
         leaving = AsyncExitStack()
         cloud = await leaving.enter_async_context(running_cloud(cloud_config(folder)))
-        pair = await stack.enter_async_context(device_for(cloud, folder))
+        pair = await stack.enter_async_context(device_for(cloud, folder, generator=IMPATIENT))
         stream = await pair.openai.chat.completions.create(**(BODY | {"stream": True}))
         await anext(stream)
         await leaving.aclose()
@@ -192,7 +196,7 @@ async def test_a_cloud_that_goes_away_and_comes_back(folder: Path) -> None:
 async def test_a_mid_stream_failure_is_an_event_and_the_end(folder: Path) -> None:
     async with AsyncExitStack() as leaving:
         cloud = await leaving.enter_async_context(running_cloud(cloud_config(folder)))
-        async with device_for(cloud, folder) as pair:
+        async with device_for(cloud, folder, generator=IMPATIENT) as pair:
             lines = []
             async with pair.http.stream(
                 "POST", "/v1/chat/completions", json=BODY | {"stream": True}, headers={"X-Request-ID": "r1"}

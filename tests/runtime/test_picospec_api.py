@@ -85,7 +85,8 @@ async def test_chat_and_readiness(pair: Pair) -> None:
 
 
 async def test_a_cloud_that_goes_away_ends_the_answer(tiny_llama: Path) -> None:
-    from hat_runtime.device.generator import GenerationRequest
+    from hat_runtime.device.generator import GenerationRequest, GeneratorConfig
+    from hat_runtime.device.recovery import RecoveryConfig
     from hat_runtime.device.token_connect import connect_tokens
 
     prompt = make_prompts(1)[0]
@@ -94,7 +95,12 @@ async def test_a_cloud_that_goes_away_ends_the_answer(tiny_llama: Path) -> None:
         async with running_cloud(config) as cloud:
             speculation = SpeculationConfig(gamma)
             generator = await connect_tokens(
-                tiny_llama, tiny_llama, cloud.address, "float32", speculation=speculation
+                tiny_llama,
+                tiny_llama,
+                cloud.address,
+                "float32",
+                speculation=speculation,
+                config=GeneratorConfig(recovery=RecoveryConfig(reconnect_for_s=0.5)),
             )
             request = GenerationRequest(prompt, 400)
             events = aiter(generator.generate(request))
