@@ -23,7 +23,7 @@ from tests.harness.controlplane import ControlPlane
 from tests.operator.manifests import GROUP, PLURAL, VERSION, changed, hat_deployment, token_mode, two_clusters
 
 SCHEMA = load_schema()
-PROGRAMS = {"hat", "sleep"}
+PROGRAMS = {"hat", "sleep", "test"}
 """All that a pod may start."""
 RIGHT = [
     hat_deployment(),
