@@ -441,3 +441,8 @@ async def test_devices_of_a_site_ask_there(
         signing = await authorities.get(home.namespace)
         assert found.authorities.decode() == signing.bundle
         assert await cluster.get(SECRET, SECRET_NAME, namespace) is None
+        # With a site it has a finalizer: left alone, it would stay in this control plane for ever.
+        await home.cluster.delete(await home.hat())
+        while await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is not None:
+            await home.reconcile()
+            await asyncio.sleep(0.2)
