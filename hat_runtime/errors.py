@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+MOST_SHOWN = 80
+"""Characters of a wrong value that an error echoes."""
+
 
 class HatError(Exception):
     """What went wrong and what to do about it, in words for the user.
@@ -16,6 +19,18 @@ class UsageError(HatError):
     """A value that the user gave is wrong; the text names the option or field and echoes the value."""
 
     exit_code = 2
+
+
+class FieldError(UsageError):
+    """A field of a document cannot be used: which one, its value, and what it must be."""
+
+    def __init__(self, path: str, value: object, reason: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
+        super().__init__(f"{path}: {shown}: {reason}")
+        self.path = path
+        self.shown = shown
+        self.reason = reason
 
 
 class ModelError(HatError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hat_runtime.errors import UsageError
+from hat_runtime.errors import MOST_SHOWN, FieldError
 from hat_runtime.log import sane_device_name
 
 MAX_BYTES = 1 << 20
@@ -16,19 +16,10 @@ MAX_DEVICES = 4096
 MAX_TOKENS = 1 << 16
 MAX_VERSION = 2**53 - 1
 """What JSON's numbers hold exactly, whoever reads them."""
-_SHOWN = 80
 
 
-class PolicyError(UsageError):
+class PolicyError(FieldError):
     """A field of a policy cannot be used: which one, its value, and what it must be."""
-
-    def __init__(self, path: str, value: object, reason: str) -> None:
-        shown = repr(value)
-        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
-        super().__init__(f"{path}: {shown}: {reason}")
-        self.path = path
-        self.shown = shown
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ def parse(text: bytes | str) -> PublishedPolicy:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        begin = text[:_SHOWN]
+        begin = text[:MOST_SHOWN]
         shown = begin.decode(errors="replace") if isinstance(begin, bytes) else begin
         raise PolicyError("policy", shown, f"must be JSON: {error}") from None
     root = _object(content, "policy")

@@ -8,22 +8,16 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from hat_runtime.errors import UsageError
+from hat_runtime.errors import MOST_SHOWN, FieldError
 
 MAX_NAMES = 4096
 MAX_NAME = 253
 MAX_SESSIONS = 1 << 20
 MAX_TOKENS = 1e9
-_SHOWN = 80
 
 
-class QuotaError(UsageError):
+class QuotaError(FieldError):
     """A field of a quota file cannot be used: which one, its value, and what it must be."""
-
-    def __init__(self, path: str, value: object, reason: str) -> None:
-        shown = repr(value)
-        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
-        super().__init__(f"{path}: {shown}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Scope:
     def __str__(self) -> str:
         name = self.tenant if self.device is None else self.device
         kind = "tenant" if self.device is None else "device"
-        return f"{kind} {name[:_SHOWN]!r}"
+        return f"{kind} {name[:MOST_SHOWN]!r}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hat_runtime.errors import UsageError
+from hat_runtime.errors import MOST_SHOWN, FieldError
 from hat_runtime.security.spiffe import IdentityError, SpiffeId
 
 MAX_BYTES = 1 << 20
@@ -17,18 +17,10 @@ MAX_ENTRIES = 10_000
 MAX_VERSION = 2**53 - 1
 """What JSON's numbers hold exactly, whoever reads them."""
 _SERIAL = re.compile(r"[0-9a-f]{1,40}")  # RFC 5280: at most 20 bytes
-_SHOWN = 80
 
 
-class DeniedError(UsageError):
+class DeniedError(FieldError):
     """A field of a deny-list cannot be used: which one, its value, and what it must be."""
-
-    def __init__(self, path: str, value: object, reason: str) -> None:
-        shown = repr(value)
-        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
-        super().__init__(f"{path}: {shown}: {reason}")
-        self.path = path
-        self.shown = shown
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ def parse(text: bytes | str) -> DenyList:
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        begin = text[:_SHOWN]
+        begin = text[:MOST_SHOWN]
         shown = begin.decode(errors="replace") if isinstance(begin, bytes) else begin
         raise DeniedError("denied", shown, f"must be JSON: {error}") from None
     if not isinstance(content, dict):
