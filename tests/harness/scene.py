@@ -149,6 +149,10 @@ class Scene:
             if write.namespace == self.namespace
         ]
 
+    def is_quiet(self, seconds: float = 2.0) -> bool:
+        """Whether the operator has written nothing for so many seconds."""
+        return time.time() - max((write.done for write in self.writes()), default=0.0) > seconds
+
     def reads(self, since: float, until: float) -> int:
         """Requests of the operator between two times (seconds since 1970) that wrote nothing."""
         return sum(

@@ -25,6 +25,8 @@ def test_moving_figures_are_written_once_in_30_s_and_quiet_ones_never(
         for name in scene.sites:
             running.apply(name)
         running.wait(running.all_ready, "all devices ready", 60)
+        # The events that tell of it are written after the status that shows it.
+        running.wait(running.is_quiet, "nothing written for 2 s", 20)
         ready = time.time()
         # The operator knows each HatDeployment for less than 30 s, so the first figures are held back for now.
         while len(scene.shown_uplinks()) < DEVICES:
