@@ -258,8 +258,10 @@ def _phase(
         ways: dict[str, tuple[str, int | None]] = {policy: (urls[policy], None) for policy in POLICIES}
         ways |= {_name(size): (urls[FIXED], size) for size in args.sizes}
         seen = {name: Seen() for name in ways}
-        for _ in range(args.prompts):  # all take turns: a change of the machine's speed hits all alike
-            for name, (url, size) in ways.items():
+        for turn in range(args.prompts):  # all take turns: a change of the machine's speed hits all alike
+            order = list(ways)
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                url, size = ways[name]
                 _ask(url, next(prompts), size, seen[name])
         progress(", ".join(f"{name} {found.median_s:.3f} s" for name, found in seen.items()))
     return seen
@@ -379,14 +381,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=int, default=7, metavar="N", help="of each way (default %(default)s)"
     )
+    parser.add_argument(
+        "--phases",
+        type=int,
+        nargs="+",
+        choices=range(1, len(PHASES) + 1),
+        default=range(1, len(PHASES) + 1),
+        help="only these; with fewer than all nothing is written unless --out says so",
+    )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the default model")
     parser.add_argument("--short", action="store_true", help="2 prompts, two phases and sizes, no report")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="default docs/benchmarks/chunking.md")
     args = parser.parse_args()
-    args.phases, args.sizes, args.long_prompts = PHASES, SIZES, LONG_PROMPTS
+    args.phases = tuple(PHASES[number - 1] for number in args.phases)
+    args.sizes, args.long_prompts = SIZES, LONG_PROMPTS
     if args.short:
         args.prompts, args.phases, args.sizes, args.long_prompts = 2, (PHASES[1], PHASES[3]), (128, 0), 1
-    elif args.out is None:
+    elif args.out is None and args.phases == PHASES:
         args.out = REPORTS / "chunking.md"
     return args
 

@@ -43,8 +43,9 @@ def test_moving_figures_are_written_once_in_30_s_and_quiet_ones_never(
         assert {write.resource for write in written} == {"hatdeployments/status"}
         assert {write.name for write in written} == set(scene.sites)
         assert all(write.code == 200 for write in written)
-        before, quiet = scene.metrics(), time.time()
+        before, quiet, statuses = scene.metrics(), time.time(), scene.statuses()
         time.sleep(8)
+        assert scene.statuses() == statuses
         passes = ("hat_operator_reconcile_seconds_count", (("result", "ok"),))
         assert scene.metrics()[passes] >= before[passes] + 3 * DEPLOYMENTS
         assert of_figures(quiet) == []
