@@ -11,6 +11,7 @@ EXAMPLES = """\
 examples:
   hat pki init --out ca --trust-domain home.example
   hat pki issue --ca ca --cloud cloud-1 --out cloud-tls
+  hat pki issue --ca ca --cloud cloud-2 --tenant sales --also support research --out cloud-2-tls
   hat pki issue --ca ca --device jetson-1 --out jetson-1-tls --hours 720
   hat cloud serve --tls cloud-tls ...
   hat device serve --tls jetson-1-tls ...
@@ -52,6 +53,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         who.add_argument(f"--{kind}", metavar="NAME", help=help_text)
     issue.add_argument("--tenant", default="default", help="whose it is (default %(default)s)")
     issue.add_argument(
+        "--also",
+        nargs="+",
+        default=(),
+        metavar="TENANT",
+        help="further tenants that a cloud serves; it keeps them apart and shares its time fairly between them",
+    )
+    issue.add_argument(
         "--hours", type=float, default=24.0, metavar="N", help="how long it is good for (default %(default)g)"
     )
     issue.add_argument(
@@ -82,7 +90,7 @@ def _issue(args: argparse.Namespace) -> int:
         lifetime = timedelta(hours=args.hours)
     except (ValueError, OverflowError):
         raise UsageError(f"--hours {args.hours}: must be a number of hours") from None
-    issued = Authority.load(args.ca).issue(args.tenant, kind, name, lifetime=lifetime)
+    issued = Authority.load(args.ca).issue(args.tenant, kind, name, lifetime=lifetime, also=args.also)
     issued.save(args.out)
     end = issued.certificate.not_valid_after_utc
     print(

@@ -112,15 +112,17 @@ class Access:
             raise ProtocolError(text, grpc.StatusCode.ABORTED)
 
     def why_not(self, identity: SpiffeId, serial: int, kind: str) -> str | None:
-        """Why somebody with this certificate may not; None: of the right kind, tenant and trust domain, not denied."""
+        """Why somebody with this certificate may not; None: of the right kind, a tenant that is served, not denied."""
         assert self.folder is not None
-        own = self.folder.current().identity
+        material = self.folder.current()
+        own = material.identity
+        # Only its own tenant's operator may change what holds for all.
+        tenants = material.tenants if kind == DEVICE else {own.tenant}
         if identity.kind != kind:
             return f"{identity} is no {kind}"
-        if not identity.serves(own):
-            return (
-                f"{identity} is not of tenant {own.tenant!r} in {own.trust_domain}, which this cloud serves"
-            )
+        if identity.trust_domain != own.trust_domain or identity.tenant not in tenants:
+            served = " or ".join(map(repr, sorted(tenants)))
+            return f"{identity} is not of tenant {served} in {own.trust_domain}, which this cloud serves"
         if self.denied.list.denies(identity, serial):
             return f"{identity} is on the deny-list"
         return None

@@ -42,6 +42,8 @@ class Material:
     """Own one."""
     identity: SpiffeId = field(compare=False)
     """Of `certificate`."""
+    tenants: frozenset[str] = field(default=frozenset(), compare=False)
+    """Whom a cloud with this certificate may serve."""
 
     def why_not_valid(self, now: datetime | None = None) -> str | None:
         """None while the certificate is good; otherwise when it began or ended, in words."""
@@ -145,7 +147,8 @@ class TlsFolder:
             raise UsageError(f"{where}: {CERTIFICATE_FILE}: {error}") from error
         if identity.kind != self.kind:
             raise UsageError(f"{where}: {CERTIFICATE_FILE} is that of {identity}, which is no {self.kind}")
-        material = Material(chain, key, authorities, certificate, identity)
+        tenants = identity.tenants_of(_names(certificate, x509.DNSName))
+        material = Material(chain, key, authorities, certificate, identity, tenants)
         if (reason := material.why_not_valid()) is not None:
             log.warning("%s: the certificate of %s is of no use: %s", where, identity, reason)
         return material
@@ -157,14 +160,21 @@ def identity_of(certificate: x509.Certificate) -> SpiffeId:
     Raises:
         IdentityError: it has none, several, or one of another form.
     """
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (x509.ExtensionNotFound, ValueError):
-        uris = []
+    uris = _names(certificate, x509.UniformResourceIdentifier)
     if len(uris) != 1:
         raise IdentityError(f"{len(uris)} URI names: a certificate must have one, its SPIFFE id")
     return SpiffeId.parse(uris[0])
+
+
+def _names(
+    certificate: x509.Certificate, kind: type[x509.UniformResourceIdentifier | x509.DNSName]
+) -> list[str]:
+    """The alternative names of a kind; none where they cannot be read."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return names.get_values_for_type(kind)
+    except (x509.ExtensionNotFound, ValueError):
+        return []
 
 
 def _certificates(pem: bytes, where: str) -> list[x509.Certificate]:

@@ -6,6 +6,7 @@ ECDSA P-256. Keys are written with mode 0600 and never replaced. Profiles are th
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -79,6 +80,7 @@ class Authority:
         *,
         lifetime: timedelta = timedelta(hours=24),
         now: datetime | None = None,
+        also: Iterable[str] = (),
     ) -> Issued:
         """A new key and a certificate for it, which is good from five minutes ago for `lifetime` from now on.
 
@@ -88,22 +90,35 @@ class Authority:
             name: of the one who gets it.
             lifetime: more than 0.
             now: when it is issued; default: now.
+            also: further tenants that a cloud serves.
 
         Raises:
-            UsageError: a name or the lifetime is wrong.
+            UsageError: a name or the lifetime is wrong, or `also` is for somebody who is no cloud.
         """
         if lifetime <= timedelta():
             raise UsageError(f"--hours {lifetime.total_seconds() / 3600:g}: must be more than 0")
         identity = _identity(self.trust_domain, tenant, kind, name)
+        others = [_identity(self.trust_domain, other, kind, name) for other in also]
+        if others and kind != CLOUD:
+            raise UsageError(f"--also {others[0].tenant}: only a cloud serves other tenants than its own")
         moment = now or datetime.now(UTC)
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self.certify(identity, key.public_key(), moment - SKEW, moment + lifetime)
+        certificate = self.certify(identity, key.public_key(), moment - SKEW, moment + lifetime, others)
         return Issued(identity, certificate, key, self.certificate)
 
     def certify(
-        self, identity: SpiffeId, key: ec.EllipticCurvePublicKey, begin: datetime, end: datetime
+        self,
+        identity: SpiffeId,
+        key: ec.EllipticCurvePublicKey,
+        begin: datetime,
+        end: datetime,
+        others: Iterable[SpiffeId] = (),
     ) -> x509.Certificate:
-        """A certificate of `identity` for a key that somebody else holds; it ends before the authority's."""
+        """A certificate of `identity` for a key that somebody else holds; it ends before the authority's.
+
+        A cloud's is also for the tenants of `others`.
+        """
+        dns_names = dict.fromkeys(name for one in (identity, *others) for name in one.dns_names)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name[:64])])
         usage = ExtendedKeyUsageOID.SERVER_AUTH if identity.kind == CLOUD else ExtendedKeyUsageOID.CLIENT_AUTH
         end = min(end, self.certificate.not_valid_after_utc)
@@ -112,7 +127,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .add_extension(_names([str(identity)], identity.dns_names), critical=False)
+            .add_extension(_names([str(identity)], dns_names), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False
             )
@@ -167,7 +182,7 @@ def _begun(
     )
 
 
-def _names(uris: list[str], dns_names: tuple[str, ...]) -> x509.SubjectAlternativeName:
+def _names(uris: Iterable[str], dns_names: Iterable[str]) -> x509.SubjectAlternativeName:
     return x509.SubjectAlternativeName(
         [*map(x509.UniformResourceIdentifier, uris), *map(x509.DNSName, dns_names)]
     )

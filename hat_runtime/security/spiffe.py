@@ -7,6 +7,7 @@ Form: spiffe://TRUST_DOMAIN/tenant/TENANT/KIND/NAME, after the SPIFFE-ID standar
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 DEVICE, CLOUD, OPERATOR = "device", "cloud", "operator"
@@ -75,7 +76,7 @@ class SpiffeId:
 
     @property
     def cloud_dns_name(self) -> str:
-        """The DNS name in the certificate of the clouds of this tenant and trust domain, and in no other."""
+        """The DNS name in the certificate of the clouds that serve this tenant of the trust domain, and in no other."""
         return f"{self.tenant}.{self.trust_domain}.{CLOUD_DNS_NAME}"
 
     @property
@@ -83,6 +84,8 @@ class SpiffeId:
         """The DNS names that belong into this one's certificate: none but for a cloud."""
         return (CLOUD_DNS_NAME, self.cloud_dns_name) if self.kind == CLOUD else ()
 
-    def serves(self, other: SpiffeId) -> bool:
-        """Whether both are of one trust domain and tenant."""
-        return (self.trust_domain, self.tenant) == (other.trust_domain, other.tenant)
+    def tenants_of(self, dns_names: Iterable[str]) -> frozenset[str]:
+        """The tenants that a cloud's certificate with these DNS names is for, its own included."""
+        ending = f".{self.trust_domain}.{CLOUD_DNS_NAME}"
+        named = {name.removesuffix(ending) for name in dns_names if name.endswith(ending)}
+        return frozenset({self.tenant} | {tenant for tenant in named if _TENANT.fullmatch(tenant)})

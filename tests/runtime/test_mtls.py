@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -116,7 +117,7 @@ async def test_strangers_to_a_cloud(tiny_llama: Path, site: Site, stranger: Site
             assert "is no device" in details
 
 
-async def refused(cloud: RunningCloud, session: RawSession, **fields: str) -> tuple[grpc.StatusCode, str]:
+async def refused(cloud: RunningCloud, session: RawSession, **fields: Any) -> tuple[grpc.StatusCode, str]:
     """How a stream ends that is opened so."""
     await session.send(opening(cloud, **fields))
     return await session.end()
@@ -138,6 +139,40 @@ async def test_a_device_of_another_tenant(tiny_llama: Path, site: Site) -> None:
         assert failure.value.code() is DENIED
         assert (await admin(cloud, "/v1/policy", site.operator(tenant="other")))[0] == 403
         assert (await admin(cloud, "/v1/policy", mine))[0] == 403
+
+
+async def test_a_cloud_of_several_tenants_keeps_them_apart(tiny_llama: Path, site: Site) -> None:
+    """Sessions, quotas and the admin port; who is served stands in the cloud's certificate."""
+    quotas = site.root / "quotas.yaml"
+    quotas.write_text("tenants: {other: {sessions: 1}}")
+    tls = site.cloud(also=["other"])
+    shallow = LocalSplit(tiny_llama).shallow(torch.arange(5, 25))
+    # Both devices have the same name: tenants do not know of one another.
+    async with (
+        secured_cloud(tiny_llama, site, tls, quotas_file=quotas) as cloud,
+        channel_as(cloud, site.device()) as acme,
+        channel_as(cloud, site.device(tenant="other")) as other,
+    ):
+        kept = RawSession(acme.Session())
+        await kept.send(opening(cloud, resumable=True))
+        session_id = (await kept.call.read()).opened.session_id
+        sessions = [kept, *[await open_session(stub, cloud) for stub in (acme, other)]]
+        code, text = await refused(cloud, RawSession(other.Session()))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "tenant 'other' has all sessions that its quota sessions=1 gives" in text
+        theirs = {"resumable": True, "resume": pb.Resume(session_id=session_id)}
+        code, text = await refused(cloud, RawSession(other.Session()), **theirs)
+        assert (code, text) == (
+            grpc.StatusCode.NOT_FOUND,
+            f"session {session_id!r} is unknown, or is kept no longer",
+        )
+        for session in sessions:
+            await session.step(0, shallow[:10])
+            await session.result()
+        third = site.device_folder(tenant="third")
+        assert "not a cloud of tenant 'third'" in str(await refusal(cloud, third))
+        for tenant, status in (("acme", 200), ("other", 403)):
+            assert (await admin(cloud, "/v1/policy", site.operator(tenant=tenant)))[0] == status
 
 
 @pytest.mark.parametrize(

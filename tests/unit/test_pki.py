@@ -55,6 +55,18 @@ def test_a_certificate_for_each_kind(
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
+def test_a_cloud_of_several_tenants(authority: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert issue(authority, out, "--cloud", "c", "--tenant", "t1", "--also", "t2", "t1", "t-3") == 0
+    material = TlsFolder(out, "cloud").current()
+    assert material.tenants == {"t1", "t2", "t-3"}
+    alternative = material.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert alternative.get_values_for_type(x509.DNSName) == [
+        "hat-cloud.hat.internal",
+        *(f"{tenant}.home.example.hat-cloud.hat.internal" for tenant in ("t1", "t2", "t-3")),
+    ]
+
+
 def test_nothing_is_overwritten(authority: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert issue(authority, out, "--device", "a") == 0
@@ -70,6 +82,8 @@ def test_nothing_is_overwritten(authority: Path, tmp_path: Path, capsys: pytest.
     [
         (["--device", "a/b"], "name 'a/b'"),
         (["--device", "a", "--tenant", "A"], "tenant 'A'"),
+        (["--cloud", "a", "--also", "b", "B"], "tenant 'B'"),
+        (["--device", "a", "--also", "b"], "--also b: only a cloud"),
         (["--device", "a", "--hours", "0"], "--hours 0"),
         (["--device", "a", "--hours", "-1"], "--hours -1"),
         (["--device", "a", "--hours", "nan"], "--hours nan"),
