@@ -173,12 +173,12 @@ def _names(
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return names.get_values_for_type(kind)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         return []
 
 
 def _certificates(pem: bytes, where: str) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise UsageError(f"{where} holds no certificate in PEM") from error

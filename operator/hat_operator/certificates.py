@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator
 
 from cryptography import x509
@@ -42,7 +41,7 @@ def _ends(data: object) -> Iterator[float]:
         return
     try:
         found = x509.load_pem_x509_certificates(base64.b64decode(data))
-    except (ValueError, binascii.Error):
+    except (ValueError, x509.InvalidVersion):
         return
     for certificate in found:
         yield certificate.not_valid_after_utc.timestamp()

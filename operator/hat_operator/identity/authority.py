@@ -218,7 +218,7 @@ def _content(secret: Mapping[str, Any], name: str) -> bytes:
 def _certificates(secret: Mapping[str, Any], name: str) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(_content(secret, name))
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise AuthorityError(f"Secret {SECRET_NAME}: {name} holds no certificate in PEM") from None
 
 

@@ -7,7 +7,6 @@ else in it is a claim.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,11 @@ POD_NAME = "authentication.kubernetes.io/pod-name"
 POD_UID = "authentication.kubernetes.io/pod-uid"
 NODE_NAME = "authentication.kubernetes.io/node-name"
 _OWNERS = {names.CLOUD: "ReplicaSet", names.EDGE: "DaemonSet"}
+_UNREADABLE = (
+    *(ValueError, TypeError, UnsupportedAlgorithm),
+    *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
+"""What cryptography raises for a request that it cannot read; binascii.Error is a ValueError."""
 _MAX_BYTES = 16 << 10
 Object = Mapping[str, Any]
 
@@ -143,7 +147,7 @@ def _key(text: str, wanted: SpiffeId) -> ec.EllipticCurvePublicKey:
         key = request.public_key()
         extensions = list(request.extensions)
         signed = request.is_signature_valid
-    except (ValueError, TypeError, binascii.Error, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except _UNREADABLE as error:
         raise Refused(
             f"request: is no PKCS #10 request in PEM that can be read ({type(error).__name__})"
         ) from error

@@ -113,7 +113,7 @@ class Identity:
             key = serialization.load_pem_private_key((self._folder / KEY_FILE).read_bytes(), None)
             names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             begin = (self._folder / CERTIFICATE_FILE).stat().st_mtime
-        except (OSError, ValueError, TypeError, x509.ExtensionNotFound):
+        except (OSError, ValueError, TypeError, x509.InvalidVersion, x509.ExtensionNotFound):
             return None
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         if uris != [str(self._identity)] or key.public_key() != certificate.public_key():
@@ -218,7 +218,7 @@ def _parted(
     """The own certificate with intermediate ones behind it, and whom to trust: those that are signed by themselves."""
     try:
         found = x509.load_pem_x509_certificates(pem)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise ApiError(0, "the operator's answer holds no certificate in PEM") from None
     if found[0].public_key() != key:
         raise ApiError(0, f"the certificate for {identity} is not for this pod's key")

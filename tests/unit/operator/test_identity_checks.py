@@ -287,8 +287,19 @@ def test_flipped_bits_are_refused_or_change_nothing(data: st.DataObject) -> None
     der = bytearray(DER)
     at = data.draw(st.integers(0, len(der) - 1))
     der[at] ^= data.draw(st.integers(1, 255))
+    refused_or_the_same(bytes(der))
+
+
+def test_each_byte_of_the_header_flipped() -> None:
+    """Lengths, the version and the subject."""
+    for at in range(40):
+        for bits in (1, 0x80, 0xFF):
+            refused_or_the_same(DER[:at] + bytes([DER[at] ^ bits]) + DER[at + 1 :])
+
+
+def refused_or_the_same(der: bytes) -> None:
     try:
-        granted = check(request(pem=armoured(bytes(der))), SIDE, SETTINGS)
+        granted = check(request(pem=armoured(der)), SIDE, SETTINGS)
     except Refused:
         return
     assert (str(granted.identity), granted.key) == (DEVICE, KEY.public_key())
