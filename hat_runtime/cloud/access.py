@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 
 from hat_runtime.cloud.assembly import ProtocolError
+from hat_runtime.cloud.documents import DocumentStore
 from hat_runtime.cloud.peer import Peer
 from hat_runtime.security.denied import MAX_BYTES, DeniedError, DenyList, parse
 from hat_runtime.security.folder import TlsFolder
@@ -22,36 +23,18 @@ ENFORCE_S = 1.0
 """Between two looks at the streams that are open."""
 
 
-class OlderDenyList(Exception):
-    """A deny-list that is not newer than the one in effect, and differs from it."""
-
-
-class Denied:
-    """The deny-list in effect. For the event loop's thread."""
+class Denied(DocumentStore[DenyList]):
+    """The deny-list in effect."""
 
     def __init__(self) -> None:
-        self.list = DenyList()
+        super().__init__(DenyList(), parse, MAX_BYTES)
         self.on_change: Callable[[], None] = lambda: None
         """Called when another list is in effect."""
 
-    def put(self, text: bytes) -> DenyList:
-        """Take a new list, which is in effect at once; the same one again changes nothing.
-
-        Raises:
-            DeniedError: it is none; the one before stays.
-            OlderDenyList: its version is not higher than that of the one in effect.
-        """
-        new, now = parse(text), self.list
-        if new == now:
-            return now
-        if new.version <= now.version:
-            raise OlderDenyList(
-                f"version: {new.version!r}: must be more than {now.version}, which is in effect"
-            )
-        self.list = new
+    def changed(self, new: DenyList) -> None:
+        """Tell those who wait for it."""
         log.info("deny-list %d: %d entries", new.version, len(new.identities) + len(new.serials))
         self.on_change()
-        return new
 
     def start_from(self, path: Path) -> None:
         """Take the list of a file, as it is at the start; one that is missing is logged, and nobody is denied.
@@ -68,10 +51,10 @@ class Denied:
         except OSError as error:
             raise DeniedError("--denied-file", str(path), error.strerror or str(error)) from error
         try:
-            self.list = parse(text)
+            self.current = parse(text)
         except DeniedError as error:
             raise DeniedError("--denied-file", str(path), str(error)) from error
-        log.info("deny-list %d of --denied-file %s", self.list.version, path)
+        log.info("deny-list %d of --denied-file %s", self.current.version, path)
 
 
 class Access:
@@ -123,7 +106,7 @@ class Access:
         if identity.trust_domain != own.trust_domain or identity.tenant not in tenants:
             served = " or ".join(map(repr, sorted(tenants)))
             return f"{identity} is not of tenant {served} in {own.trust_domain}, which this cloud serves"
-        if self.denied.list.denies(identity, serial):
+        if self.denied.current.denies(identity, serial):
             return f"{identity} is on the deny-list"
         return None
 

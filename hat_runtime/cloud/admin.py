@@ -16,13 +16,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hat_runtime.cloud.access import Access, Denied, OlderDenyList
+from hat_runtime.cloud.access import Access, Denied
 from hat_runtime.cloud.devices import DeviceTable
-from hat_runtime.cloud.policy import OlderPolicy, PolicyStore
-from hat_runtime.control.published import MAX_BYTES as POLICY_BYTES
-from hat_runtime.control.published import PolicyError
-from hat_runtime.security.denied import MAX_BYTES as DENIED_BYTES
-from hat_runtime.security.denied import DeniedError
+from hat_runtime.cloud.documents import DocumentStore, OlderDocument
+from hat_runtime.cloud.policy import PolicyStore
+from hat_runtime.errors import FieldError
 from hat_runtime.security.folder import identity_of
 from hat_runtime.security.https import client_certificate
 from hat_runtime.security.spiffe import OPERATOR, IdentityError
@@ -76,34 +74,14 @@ def control_routes(
     """
 
     async def device_rows(_: Request) -> Response:
-        return JSONResponse({"devices": devices.rows(), "policy_version": policy.policy.version, **tuning()})
+        return JSONResponse({"devices": devices.rows(), "policy_version": policy.current.version, **tuning()})
 
-    def put_policy(body: bytes) -> str:
-        try:
-            return policy.put(body).to_json()
-        except PolicyError as error:
-            raise _Refused(400, error.path, error.shown, str(error)) from error
-        except OlderPolicy as error:
-            raise _Refused(409, "version", str(policy.policy.version), str(error)) from error
-
-    return [
-        Route("/v1/devices", device_rows),
-        *_document("policy", POLICY_BYTES, lambda: policy.policy.to_json(), put_policy),
-    ]
+    return [Route("/v1/devices", device_rows), *_document("policy", policy)]
 
 
 def denied_routes(denied: Denied) -> Sequence[BaseRoute]:
     """/v1/denied: shows and takes the deny-list, in the manner of /v1/policy."""
-
-    def put_list(body: bytes) -> str:
-        try:
-            return denied.put(body).to_json()
-        except DeniedError as error:
-            raise _Refused(400, error.path, error.shown, str(error)) from error
-        except OlderDenyList as error:
-            raise _Refused(409, "version", str(denied.list.version), str(error)) from error
-
-    return _document("denied", DENIED_BYTES, lambda: denied.list.to_json(), put_list)
+    return _document("denied", denied)
 
 
 def operators_only(app: ASGIApp, access: Access) -> ASGIApp:
@@ -128,34 +106,30 @@ def operators_only(app: ASGIApp, access: Access) -> ASGIApp:
     return checked
 
 
-class _Refused(Exception):
-    """A document that is not taken: status, field, its value, what is wrong."""
-
-
-def _document(
-    name: str, longest: int, show: Callable[[], str], put: Callable[[bytes], str]
-) -> Sequence[BaseRoute]:
-    """GET and PUT of /v1/NAME, a JSON text of at most `longest` bytes; `put` takes one or raises _Refused."""
+def _document(name: str, store: DocumentStore[Any]) -> Sequence[BaseRoute]:
+    """GET and PUT of /v1/NAME, a JSON text."""
 
     def reply(text: str) -> Response:
         return Response(text, media_type="application/json")
 
     async def get(_: Request) -> Response:
-        return reply(show())
+        return reply(store.current.to_json())
 
     async def take(request: Request) -> Response:
         body = bytearray()
         try:
             async for part in request.stream():
                 body += part
-                if len(body) > longest:
-                    return _refusal(413, name, f"more than {longest} bytes", "is too long")
+                if len(body) > store.longest:
+                    return _refusal(413, name, f"more than {store.longest} bytes", "is too long")
         except ClientDisconnect:
             return _refusal(400, name, f"{len(body)} bytes", "is not complete: the connection ended")
         try:
-            return reply(put(bytes(body)))
-        except _Refused as error:
-            return _refusal(*error.args)
+            return reply(store.put(bytes(body)).to_json())
+        except FieldError as error:
+            return _refusal(400, error.path, error.shown, str(error))
+        except OlderDocument as error:
+            return _refusal(409, "version", str(store.current.version), str(error))
 
     return [Route(f"/v1/{name}", get, methods=["GET"]), Route(f"/v1/{name}", take, methods=["PUT"])]
 

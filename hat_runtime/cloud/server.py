@@ -312,7 +312,7 @@ class RuntimeService:
             if work.want is Want.ALL and not event.stale:
                 company = max(0, work.batch_tokens - work.n - len(work.alternatives))
                 self._load.observe(work.waited_s if stream.alone else None, company)
-            chunk = 0 if self._served.mode else self._policy.policy.chunk_for(stream.peer.device)
+            chunk = 0 if self._served.mode else self._policy.current.chunk_for(stream.peer.device)
             verdict = None if event.verdict is None else verdict_message(event.verdict)
             of_prompt = work.want is Want.LAST and work.tokens is None
             return result_frames(

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from hat_runtime.cloud.policy import OlderPolicy, PolicyStore
+from hat_runtime.cloud.documents import OlderDocument
+from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.control.published import PolicyError
 
 JITTER = 0.05
@@ -63,7 +64,7 @@ class CloudPods:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                policy = cloud.policies[self.path.split("/")[2]].policy.to_json().encode()
+                policy = cloud.policies[self.path.split("/")[2]].current.to_json().encode()
                 body = policy if self.path.endswith("/v1/policy") else cloud._answer(self.path)
                 self.reply(503 if cloud.silent else 200, body)
 
@@ -71,10 +72,10 @@ class CloudPods:
                 store = cloud.policies[self.path.split("/")[2]]
                 try:
                     store.put(self.rfile.read(int(self.headers["Content-Length"])))
-                except (PolicyError, OlderPolicy) as error:
+                except (PolicyError, OlderDocument) as error:
                     self.reply(400 if isinstance(error, PolicyError) else 409, str(error).encode())
                 else:
-                    self.reply(200, store.policy.to_json().encode())
+                    self.reply(200, store.current.to_json().encode())
 
             def reply(self, status: int, body: bytes) -> None:
                 self.send_response(status)
@@ -112,7 +113,7 @@ class CloudPods:
                 }
                 for name in names
             ]
-        content: dict[str, object] = {"devices": rows, "policy_version": self.policies[pod].policy.version}
+        content: dict[str, object] = {"devices": rows, "policy_version": self.policies[pod].current.version}
         if self._tuning:
             for row in rows:
                 row |= {"row_bytes": 1152, "shallow_s_per_token": 5e-5}

@@ -363,13 +363,13 @@ async def test_a_cloud_gets_the_list_at_once_and_from_nobody_else(world: World, 
             running = asyncio.create_task(push.run())
             try:
                 await world.home.patch(security={"deniedDevices": ["node-x"]})
-                await world.until(lambda: access.denied.list.version == 1, "the list is there")
-                (identity,) = access.denied.list.identities
+                await world.until(lambda: access.denied.current.version == 1, "the list is there")
+                (identity,) = access.denied.current.identities
                 assert identity.name == "node-x"
                 # Another list with a higher version, as of a lost ConfigMap: the operator's is put above it.
                 access.denied.put(b'{"version": 9, "denied": []}')
                 await world.home.patch(security={"deniedDevices": ["node-x", "node-y"]})
-                await world.until(lambda: access.denied.list.version == 10, "the list is above the other")
+                await world.until(lambda: access.denied.current.version == 10, "the list is above the other")
                 assert asked == [(world.home.namespace, "chat")]
                 # The device of the same tenant is no operator, and without a certificate there is no answer.
                 door = await doors.of(pod | {"status": status})

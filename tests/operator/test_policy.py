@@ -58,7 +58,7 @@ class Policies:
 
     def pushed(self) -> PublishedPolicy:
         (store,) = self.cloud.policies.values()
-        return store.policy
+        return store.current
 
     def metric(self, name: str) -> float | None:
         labels = {"namespace": self.home.namespace, "name": "chat"}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hat_runtime.cloud.access import Denied, OlderDenyList
+from hat_runtime.cloud.access import Denied
+from hat_runtime.cloud.documents import OlderDocument
 from hat_runtime.errors import UsageError
 from hat_runtime.security.denied import MAX_BYTES, MAX_ENTRIES, DeniedError, DenyList, parse
 from hat_runtime.security.exposure import check_dialled, check_exposed, is_loopback
@@ -24,9 +25,13 @@ def test_an_identity_is_its_text() -> None:
     cloud = SpiffeId("site.example", "acme", CLOUD, "c")
     assert cloud.dns_names == ("hat-cloud.hat.internal", "acme.site.example.hat-cloud.hat.internal")
     assert cloud.cloud_dns_name == identity.cloud_dns_name
-    assert cloud.serves(identity)
-    assert not cloud.serves(SpiffeId("site.example", "other", DEVICE, "jetson-1"))
-    assert not cloud.serves(SpiffeId("else.example", "acme", DEVICE, "jetson-1"))
+    assert cloud.tenants_of(cloud.dns_names) == {"acme"}
+    others = [
+        SpiffeId(domain, tenant, CLOUD, "c")
+        for domain, tenant in (("site.example", "b"), ("else.example", "c"))
+    ]
+    names = [name for one in others for name in one.dns_names]
+    assert cloud.tenants_of([*names, "A.site.example.hat-cloud.hat.internal"]) == {"acme", "b"}
 
 
 @pytest.mark.parametrize(
@@ -95,14 +100,14 @@ def test_what_is_no_deny_list(text: bytes, path: str, shown: str) -> None:
 def test_versions_only_grow(tmp_path: Path) -> None:
     denied = Denied()
     denied.start_from(tmp_path / "none.json")
-    assert denied.list == DenyList()
+    assert denied.current == DenyList()
     file = tmp_path / "denied.json"
     file.write_text('{"version": 2, "denied": ["ff"]}')
     denied.start_from(file)
     same = denied.put(b'{"denied": ["FF"], "version": 2}')
-    assert same is denied.list
+    assert same is denied.current
     for older in (b'{"version": 2, "denied": []}', b'{"version": 1, "denied": ["ff"]}'):
-        with pytest.raises(OlderDenyList, match="more than 2"):
+        with pytest.raises(OlderDocument, match="more than 2"):
             denied.put(older)
     assert denied.put(b'{"version": 3, "denied": []}').version == 3
     file.write_text("{")

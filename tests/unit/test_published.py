@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hat_runtime.cloud.policy import OlderPolicy, PolicyStore
+from hat_runtime.cloud.documents import OlderDocument
+from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.control.published import (
     MAX_BYTES,
     MAX_DEVICES,
@@ -99,15 +100,15 @@ def test_what_is_wrong_is_named_and_the_policy_before_stays(text: str, message: 
     store.put(json.dumps(GOOD).encode())
     with pytest.raises(PolicyError, match=message):
         store.put(text.encode())
-    assert store.policy == parse(json.dumps(GOOD))
+    assert store.current == parse(json.dumps(GOOD))
 
 
 def test_only_a_newer_policy_takes_the_place_of_another() -> None:
     store = PolicyStore()
     store.put(json.dumps(GOOD).encode())
-    assert store.put(json.dumps(GOOD).encode()) == store.policy
+    assert store.put(json.dumps(GOOD).encode()) == store.current
     for version in (2, 3):
-        with pytest.raises(OlderPolicy, match=f"version: {version}: must be more than 3"):
+        with pytest.raises(OlderDocument, match=f"version: {version}: must be more than 3"):
             store.put(wrong(version=version, devices={}).encode())
     assert store.put(wrong(version=4, devices={}).encode()).devices == {}
 
@@ -129,7 +130,7 @@ def test_a_start_file_that_is_missing_or_bad_does_no_harm(
     (tmp_path / "bad.json").write_text('{"version": "seven"}')
     store.start_from(tmp_path / "bad.json")
     assert "version: 'seven': must be an integer" in caplog.text
-    assert store.policy == PublishedPolicy()
+    assert store.current == PublishedPolicy()
     (tmp_path / "good.json").write_text(json.dumps(GOOD))
     store.start_from(tmp_path / "good.json")
-    assert store.policy.chunk_for("jetson-1") == 192
+    assert store.current.chunk_for("jetson-1") == 192

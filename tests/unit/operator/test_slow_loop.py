@@ -81,7 +81,7 @@ class Scene:
         await self.loop.round(self.session)
 
     def in_pods(self) -> list[PublishedPolicy]:
-        return [self.cloud.policies[name].policy for name in self.api.pods]
+        return [self.cloud.policies[name].current for name in self.api.pods]
 
 
 @pytest.fixture
