@@ -177,14 +177,17 @@ def main() -> int:
             urls = {name: served.device(link.address, name) for name in POLICIES}
             urls[FIXED] = served.device(link.address, POLICIES[0])
             results = {phase: _phase(args, phase, link, address, urls, prompts) for phase in args.phases}
-            link.set_link(_link(Phase(80, 0)))
-            name = "chunks, prompts leave time to others"
-            others = [_others(name, address, urls[POLICIES[0]], prompts, args.long_prompts, None)]
-        address = served.cloud("none")
-        with EmulatedLink(address, _link(Phase(80, 0))) as link:
-            url = served.device(link.address, "predictive")
-            name = "whole, first come first served"
-            others.append(_others(name, address, url, prompts, args.long_prompts, 0))
+            others = []
+            if args.long_prompts:
+                link.set_link(_link(Phase(80, 0)))
+                name = "chunks, prompts leave time to others"
+                others.append(_others(name, address, urls[POLICIES[0]], prompts, args.long_prompts, None))
+        if args.long_prompts:
+            address = served.cloud("none")
+            with EmulatedLink(address, _link(Phase(80, 0))) as link:
+                url = served.device(link.address, "predictive")
+                name = "whole, first come first served"
+                others.append(_others(name, address, url, prompts, args.long_prompts, 0))
     body = _body(results, others)
     print(body)
     if args.out:
@@ -387,17 +390,24 @@ def _arguments() -> argparse.Namespace:
         nargs="+",
         choices=range(1, len(PHASES) + 1),
         default=range(1, len(PHASES) + 1),
-        help="only these; with fewer than all nothing is written unless --out says so",
+        help="only these; with less than all nothing is written unless --out says so",
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="default: all")
+    parser.add_argument(
+        "--long-prompts", type=int, default=LONG_PROMPTS, metavar="N", help="default %(default)s"
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the default model")
     parser.add_argument("--short", action="store_true", help="2 prompts, two phases and sizes, no report")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="default docs/benchmarks/chunking.md")
     args = parser.parse_args()
     args.phases = tuple(PHASES[number - 1] for number in args.phases)
-    args.sizes, args.long_prompts = SIZES, LONG_PROMPTS
     if args.short:
         args.prompts, args.phases, args.sizes, args.long_prompts = 2, (PHASES[1], PHASES[3]), (128, 0), 1
-    elif args.out is None and args.phases == PHASES:
+    elif args.out is None and (args.phases, tuple(args.sizes), args.long_prompts) == (
+        PHASES,
+        SIZES,
+        LONG_PROMPTS,
+    ):
         args.out = REPORTS / "chunking.md"
     return args
 

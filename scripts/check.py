@@ -140,7 +140,7 @@ def read_report(outcome: Outcome, report: Path) -> None:
         (float(case.get("time", 0)), case.get("name", ""))
         for case in ET.parse(report).getroot().iter("testcase")
     )
-    outcome.slowest = sorted(cases, reverse=True)[:3]
+    outcome.slowest = sorted(cases, reverse=True)[:8]
 
 
 def run(check: Check, folder: Path) -> Outcome:
