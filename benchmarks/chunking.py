@@ -55,6 +55,8 @@ SIZES = (32, 64, 128, 256, 512, 0)
 POLICIES = ("predictive", "balance")
 FIXED = "fixed"
 """The device that is told sizes."""
+LOADED = 2
+"""Times as many prompts count beside other sessions, where times are further apart."""
 APART = 2
 """Prompts after a step that do not count."""
 AWAY_S = 0.030
@@ -96,6 +98,9 @@ class Seen:
     def median_s(self) -> float:
         """Of the time to the first token."""
         return statistics.median(self.ttft_s)
+
+    def __str__(self) -> str:
+        return f"{self.median_s:.3f} s ({min(self.ttft_s):.2f} to {max(self.ttft_s):.2f})"
 
 
 @dataclass(frozen=True)
@@ -261,12 +266,14 @@ def _phase(
         ways: dict[str, tuple[str, int | None]] = {policy: (urls[policy], None) for policy in POLICIES}
         ways |= {_name(size): (urls[FIXED], size) for size in args.sizes}
         seen = {name: Seen() for name in ways}
-        for turn in range(args.prompts):  # all take turns: a change of the machine's speed hits all alike
+        for turn in range(
+            args.prompts * (LOADED if phase.sessions else 1)
+        ):  # all take turns: a change of the machine's speed hits all alike
             order = list(ways)
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 url, size = ways[name]
                 _ask(url, next(prompts), size, seen[name])
-        progress(", ".join(f"{name} {found.median_s:.3f} s" for name, found in seen.items()))
+        progress(", ".join(f"{name} {found}" for name, found in seen.items()))
     return seen
 
 
@@ -370,7 +377,7 @@ def _body(results: dict[Phase, dict[str, Seen]], others: Sequence[Others]) -> st
 def _about(args: argparse.Namespace) -> str:
     return f"""
 Prompts of {PROMPT:,} tokens (joined CNN/DailyMail articles), {args.prompts} of each way in each phase after {APART}
-that do not count, bfloat16, 3 layers on the device, round trip {RTT_S * 1e3:.0f} ms, device and cloud on a core each.
+that do not count, {LOADED} times as many beside other sessions, bfloat16, 3 layers on the device, round trip {RTT_S * 1e3:.0f} ms, device and cloud on a core each.
 The emulated link and the other sessions run on the device's core. predictive and balance choose sizes from 64 to 512
 by themselves and know of a phase only what they measure in it. Other sessions decode a token, are away for
 {AWAY_S * 1e3:.0f} ms, and so on. The cloud runs with --max-stretch 0.25, but for the last row.
