@@ -377,10 +377,11 @@ def _body(results: dict[Phase, dict[str, Seen]], others: Sequence[Others]) -> st
 def _about(args: argparse.Namespace) -> str:
     return f"""
 Prompts of {PROMPT:,} tokens (joined CNN/DailyMail articles), {args.prompts} of each way in each phase after {APART}
-that do not count, {LOADED} times as many beside other sessions, bfloat16, 3 layers on the device, round trip {RTT_S * 1e3:.0f} ms, device and cloud on a core each.
-The emulated link and the other sessions run on the device's core. predictive and balance choose sizes from 64 to 512
-by themselves and know of a phase only what they measure in it. Other sessions decode a token, are away for
-{AWAY_S * 1e3:.0f} ms, and so on. The cloud runs with --max-stretch 0.25, but for the last row.
+that do not count, {LOADED} times as many beside other sessions, bfloat16, 3 layers on the device, round trip
+{RTT_S * 1e3:.0f} ms, device and cloud on a core each. Emulated link and other sessions run on the device's core.
+predictive and balance choose sizes from 64 to 512 by themselves and know of a phase only what they measure in it. Other
+sessions decode a token, are away for {AWAY_S * 1e3:.0f} ms, and so on. The cloud runs with --max-stretch 0.25, but for
+the last row.
 """
 
 
