@@ -177,7 +177,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with exits_on_sigterm(), Children() as children:
         served = _Served(children, folder, device, cloud)
-        address = served.cloud("0.25")
+        address = served.cloud(args.max_stretch)
         with EmulatedLink(address, _link(PHASES[0])) as link:
             urls = {name: served.device(link.address, name) for name in POLICIES}
             urls[FIXED] = served.device(link.address, POLICIES[0])
@@ -380,9 +380,18 @@ Prompts of {PROMPT:,} tokens (joined CNN/DailyMail articles), {args.prompts} of 
 that do not count, {LOADED} times as many beside other sessions, bfloat16, 3 layers on the device, round trip
 {RTT_S * 1e3:.0f} ms, device and cloud on a core each. Emulated link and other sessions run on the device's core.
 predictive and balance choose sizes from 64 to 512 by themselves and know of a phase only what they measure in it. Other
-sessions decode a token, are away for {AWAY_S * 1e3:.0f} ms, and so on. The cloud runs with --max-stretch 0.25, but for
-the last row.
+sessions decode a token, are away for {AWAY_S * 1e3:.0f} ms, and so on. The cloud runs with --max-stretch
+{args.max_stretch}, but for the last row.
 """
+
+
+def _whole(args: argparse.Namespace) -> bool:
+    return (args.phases, tuple(args.sizes), args.long_prompts, args.max_stretch) == (
+        PHASES,
+        SIZES,
+        LONG_PROMPTS,
+        "0.25",
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -400,6 +409,9 @@ def _arguments() -> argparse.Namespace:
         default=range(1, len(PHASES) + 1),
         help="only these; with less than all nothing is written unless --out says so",
     )
+    parser.add_argument(
+        "--max-stretch", default="0.25", metavar="SHARE", help="of the cloud, or none (default %(default)s)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="default: all")
     parser.add_argument(
         "--long-prompts", type=int, default=LONG_PROMPTS, metavar="N", help="default %(default)s"
@@ -411,11 +423,7 @@ def _arguments() -> argparse.Namespace:
     args.phases = tuple(PHASES[number - 1] for number in args.phases)
     if args.short:
         args.prompts, args.phases, args.sizes, args.long_prompts = 2, (PHASES[1], PHASES[3]), (128, 0), 1
-    elif args.out is None and (args.phases, tuple(args.sizes), args.long_prompts) == (
-        PHASES,
-        SIZES,
-        LONG_PROMPTS,
-    ):
+    elif args.out is None and _whole(args):
         args.out = REPORTS / "chunking.md"
     return args
 
