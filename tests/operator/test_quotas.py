@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from hat_operator.kinds import CONFIG_MAP
 from hat_operator.objects.quota_map import FILE, KEY
 from tests.harness.controlplane import ControlPlane
@@ -89,24 +87,3 @@ async def test_a_config_map_of_somebody_else_is_left_alone(home: Home) -> None:
     await home.reconcile()
     assert (await stored(home))["data"] == {"theirs": "yes"}
     assert (await home.conditions())["CloudReady"] == ("False", "NameConflict")
-
-
-@pytest.mark.parametrize("quotas", [{"deviceDefault": {"burstTokens": 5}}], ids=str)
-async def test_what_no_replica_would_take_is_told_and_the_file_stays(
-    home: Home, quotas: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with a CRD of another version: the API server takes what the operator's runtime does not."""
-    await home.create(cloud={"quotas": LIMITS})
-    await home.reconcile()
-    get = home.cluster.get
-
-    async def other(*where: Any) -> Any:
-        found = await get(*where)
-        if found is not None and found["kind"] == "HatDeployment":
-            found["spec"]["cloud"]["quotas"] = quotas
-        return found
-
-    monkeypatch.setattr(home.cluster, "get", other)
-    await home.reconcile()
-    assert content(await stored(home)) == IN_FILE
-    assert (await home.conditions())["ModelSplitValid"][0] == "False"
