@@ -49,8 +49,9 @@ def quota_file(fields: Fields) -> str:
     try:
         parse(content)
     except QuotaError as error:
-        way = (_IN_SPEC.get(step, step) for step in error.path.split("."))
-        raise SpecError(".".join((fields.path, *way)), error.value, error.reason) from error
+        way = ".".join(_IN_SPEC.get(step, step) for step in error.path.split("."))
+        reason = error.reason.replace("tokens_per_second", "tokensPerSecond")
+        raise SpecError(f"{fields.path}.{way}", error.value, reason) from error
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
