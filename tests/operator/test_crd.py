@@ -333,7 +333,7 @@ def test_null_is_no_limit_that_could_be_kept(hats: Hats) -> None:
 def test_a_thousand_names_fit(hats: Hats) -> None:
     """And the rules over all of them cost less than an apiserver allows."""
     one = {"sessions": 1, "burstTokens": 1.5, "unlimited": ["kvShare"]}
-    full = [{**one, "name": f"{index:0250}"} for index in range(1000)]
+    full = [{**one, "name": f"{index:060}"} for index in range(1000)]
     default = {"tokensPerSecond": 1}
     quotas = {"tenantDefault": default, "deviceDefault": default, "tenants": full, "devices": full}
     assert hats.create(hat_deployment(cloud={"quotas": quotas}))["spec"]["cloud"]["quotas"] == quotas
