@@ -153,6 +153,8 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ),
     _burst_has_rate_rule("tenant"): _bursts_have_rates("tenant"),
     _burst_has_rate_rule("device"): _bursts_have_rates("device"),
+    "self >= 0.01": lambda self: bool(self >= 0.01),
+    "self >= 0.000001": lambda self: bool(self >= 0.000001),
     "!has(self.burstTokens) || has(self.tokensPerSecond)": lambda self: (
         "burstTokens" not in self or "tokensPerSecond" in self
     ),

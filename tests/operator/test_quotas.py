@@ -78,11 +78,9 @@ async def test_the_field_comes_and_goes_with_new_pods_of_the_same_revision(home:
     assert content(await stored(home)) == {}
 
 
-async def test_a_config_map_of_somebody_else_is_left_alone(home: Home) -> None:
-    meta = {"name": "chat-cloud-quotas", "namespace": home.namespace}
-    await home.cluster.create(
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"theirs": "yes"}}
-    )
+async def test_a_config_map_of_somebody_else_is_left_alone(home: Home, control_plane: ControlPlane) -> None:
+    theirs = ("create", "configmap", "chat-cloud-quotas", "--from-literal=theirs=yes")
+    control_plane.kubectl("-n", home.namespace, *theirs)
     await home.create(cloud={"quotas": LIMITS})
     await home.reconcile()
     assert (await stored(home))["data"] == {"theirs": "yes"}

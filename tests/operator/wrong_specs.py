@@ -200,7 +200,19 @@ WRONG = {
     ),
     "quota-rate": Wrong(
         {"spec.cloud.quotas.deviceDefault.tokensPerSecond": 0},
+        ("spec.cloud.quotas.deviceDefault.tokensPerSecond", "must be at least 0.01"),
+    ),
+    "quota-rate-low": Wrong(
+        {"spec.cloud.quotas.deviceDefault.tokensPerSecond": 0.009},
         ("spec.cloud.quotas.deviceDefault.tokensPerSecond", "greater than or equal to 0.01"),
+    ),
+    "quota-share-none": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "jetson-1", "kvShare": 0}]},
+        ("spec.cloud.quotas.devices[0].kvShare", "must be at least 0.000001"),
+    ),
+    "quota-weight-none": Wrong(
+        {"spec.cloud.quotas.tenantDefault.weight": 0},
+        ("spec.cloud.quotas.tenantDefault.weight", "must be at least 0.01"),
     ),
     "quota-share": Wrong(
         {"spec.cloud.quotas.devices": [{"name": "jetson-1", "kvShare": 1.5}]},
