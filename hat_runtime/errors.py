@@ -29,6 +29,7 @@ class FieldError(UsageError):
         shown = shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
         super().__init__(f"{path}: {shown}: {reason}")
         self.path = path
+        self.value = value
         self.shown = shown
         self.reason = reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -41,7 +42,7 @@ def read(path: Path, text: bytes | None = None) -> Quotas:
                 text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise UsageError(f"{where}: is too long: more than {MAX_BYTES} bytes")
-        return parse(yaml.safe_load(text))
+        return parse(_content(text))
     except QuotaError as error:
         raise UsageError(f"{where}: {error}") from None
     except OSError as error:
@@ -51,6 +52,13 @@ def read(path: Path, text: bytes | None = None) -> Quotas:
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise UsageError(f"{where}: must be YAML or JSON: {place}{problem}") from None
+
+
+def _content(text: bytes) -> object:
+    try:
+        return json.loads(text)  # apart, since YAML 1.1 takes the number 1e-06 for a text
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 class QuotaStore:

@@ -148,10 +148,12 @@ def _limits(value: object, path: str, default: Limits, *, tenant: bool) -> Limit
         else:
             change[name] = checks[name](f"{path}.{name}", given)
     limits = replace(default, **change)
-    if limits.burst_tokens is not None and limits.tokens_per_second is None:
+    if limits.burst_tokens is None or limits.tokens_per_second is not None:
+        return limits
+    if change.get("burst_tokens") is not None:
         reason = "goes with tokens_per_second, which has no value"
         raise QuotaError(f"{path}.burst_tokens", limits.burst_tokens, reason)
-    return limits
+    return replace(limits, burst_tokens=None)  # the default's, of a rate that is lifted
 
 
 def _mapping(value: object, path: str) -> Mapping[Any, Any]:

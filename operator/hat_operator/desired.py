@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import cloud, denied_map, edge, monitor, policies, policy_map
+from hat_operator.objects import cloud, denied_map, edge, monitor, policies, policy_map, quota_map
 from hat_operator.rollout import revision_of
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -103,6 +103,8 @@ def _cloud(
         found.append(policy_map.config_map(hat, observed.policy))
     if observed.denied is not None:
         found.append(denied_map.config_map(hat, observed.denied))
+    if hat.spec.cloud.quotas is not None:
+        found.append(quota_map.config_map(hat, hat.spec.cloud.quotas))
     found.append(cloud.deployment(hat, settings, wanted))
     if monitor.wanted(hat, observed.apis):
         found.append(monitor.pod_monitor(hat, names.CLOUD, name, namespace))

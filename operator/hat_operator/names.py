@@ -136,6 +136,11 @@ def cloud_denied(hat: HatDeployment) -> str:
     return f"{hat.name}-cloud-denied"
 
 
+def cloud_quotas(hat: HatDeployment) -> str:
+    """ConfigMap with the quota file that replicas follow."""
+    return f"{hat.name}-cloud-quotas"
+
+
 def cloud_revision(hat: HatDeployment, revision: str) -> str:
     """Deployment and Service of one revision."""
     return f"{hat.name}-cloud-{revision}"

@@ -40,6 +40,27 @@ def _only_resources(field: str) -> Callable[[Any], bool]:
     return lambda self: all(key in _RESOURCES for key in self.get(field, {}))
 
 
+def _bursts_have_rates(kind: str) -> Callable[[Any], bool]:
+    def holds(quotas: Mapping[str, Any]) -> bool:
+        inherited = "tokensPerSecond" in quotas.get(f"{kind}Default", {})
+        return all(
+            "tokensPerSecond" in one or (inherited and "tokensPerSecond" not in one.get("unlimited", ()))
+            for one in quotas.get(f"{kind}s", ())
+            if "burstTokens" in one
+        )
+
+    return holds
+
+
+def _burst_has_rate_rule(kind: str) -> str:
+    default = f"self.{kind}Default"
+    return (
+        f"!has(self.{kind}s) || self.{kind}s.all(one, !has(one.burstTokens) || has(one.tokensPerSecond) "
+        f"|| (has({default}) && has({default}.tokensPerSecond) "
+        "&& !(has(one.unlimited) && 'tokensPerSecond' in one.unlimited)))"
+    )
+
+
 RULES: dict[str, Callable[[Any], bool]] = {
     "size(self.metadata.name) <= 40": lambda self: len(self.get("metadata", {}).get("name", "")) <= 40,
     "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')": lambda self: bool(
@@ -130,6 +151,18 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "!has(self.limits) || self.limits.all(k, k in ['cpu', 'memory', 'ephemeral-storage'])": _only_resources(
         "limits"
     ),
+    _burst_has_rate_rule("tenant"): _bursts_have_rates("tenant"),
+    _burst_has_rate_rule("device"): _bursts_have_rates("device"),
+    "self >= 0.01": lambda self: bool(self >= 0.01),
+    "self >= 0.000001": lambda self: bool(self >= 0.000001),
+    "!has(self.burstTokens) || has(self.tokensPerSecond)": lambda self: (
+        "burstTokens" not in self or "tokensPerSecond" in self
+    ),
+    (
+        "!has(self.unlimited) || !((has(self.sessions) && 'sessions' in self.unlimited) "
+        "|| (has(self.tokensPerSecond) && 'tokensPerSecond' in self.unlimited) "
+        "|| (has(self.kvShare) && 'kvShare' in self.unlimited))"
+    ): lambda self: not self.keys() & set(self.get("unlimited", ())),
     "self.type != 'NodePort' || self.host != ''": lambda self: (
         self["type"] != "NodePort" or self["host"] != ""
     ),

@@ -11,6 +11,7 @@ from typing import Any
 
 from hat_operator.fields import Fields, SpecError
 from hat_operator.prometheus_ref import Prometheus
+from hat_operator.quotas import quota_file
 from hat_operator.sources import Claim, SecretKey, Source
 from hat_operator.tuning import Chunking, Speculation, Wire
 
@@ -71,6 +72,8 @@ class Cloud:
     max_sessions: int
     resume_ttl_s: int | None
     """None: the runtime's own."""
+    quotas: str | None
+    """A quota file in JSON; None: there is none, and nobody is limited."""
     image: str
     expose: Expose
     template: Template
@@ -267,6 +270,7 @@ def _model(model: Fields) -> Model:
 
 def _cloud(cloud: Fields) -> Cloud:
     expose = cloud.sub("expose")
+    quotas = cloud.optional("quotas")
     return Cloud(
         replicas=cloud.number("replicas"),
         gpus=cloud.sub("accelerator").number("count"),
@@ -274,6 +278,7 @@ def _cloud(cloud: Fields) -> Cloud:
         resources=_resources(cloud.optional("resources")),
         max_sessions=cloud.number("maxSessions"),
         resume_ttl_s=cloud.number("resumeTtlSeconds") if cloud.has("resumeTtlSeconds") else None,
+        quotas=None if quotas is None else quota_file(quotas),
         image=cloud.text("image"),
         expose=Expose(
             expose.text("type"), expose.text("host"), expose.number("port"), expose.number("nodePort")

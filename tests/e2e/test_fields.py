@@ -50,6 +50,7 @@ CHANGES: dict[str, Any] = {
     "spec.cloud.expose.port": 7171,
     "spec.cloud.expose.nodePort": NODE_PORT,
     "spec.cloud.maxSessions": 7,
+    "spec.cloud.quotas": {"deviceDefault": {"sessions": 6}},
     "spec.cloud.resources": RESOURCES,
     "spec.cloud.template": TEMPLATE,
     "spec.edge.weights": {"claim": {"name": "weights", "path": "part"}},
@@ -191,6 +192,37 @@ def test_api_port_key_and_model_name(tuned: Product) -> None:
     key = {"Authorization": f"Bearer {KEY}"}
     assert tuned.ask(NAME, "/v1/chat/completions", QUESTION, key)["usage"]["completion_tokens"] == 2
     assert [model["id"] for model in tuned.ask(NAME, "/v1/models", None, key)["data"]] == [MODEL]
+
+
+def test_quotas_change_without_a_restart(tuned: Product) -> None:
+    """A device over its limit is told which one; the pods are the same before, meanwhile and after."""
+    key = {"Authorization": f"Bearer {KEY}"}
+
+    def answer() -> str:
+        """Of a text that shares no beginning with the ones before: no session that is open can go on with it."""
+        body = {"prompt": uuid.uuid4().hex, "max_tokens": 2, "model": MODEL}
+        try:
+            return str(tuned.ask(NAME, "/v1/completions", body, key)["usage"]["completion_tokens"])
+        except RequestError as error:
+            return str(error)
+
+    def containers() -> list[str]:
+        """Each start of a container has an id of its own."""
+        return [status["containerID"] for pod in pods(tuned) for status in pod["status"]["containerStatuses"]]
+
+    assert answer() == "2"
+    before = containers()
+    device = tuned.edge.node.name
+    tuned.patch(NAME, {"cloud": {"quotas": {"devices": [{"name": device, "sessions": 0}]}}})
+    try:
+        # The kubelet brings a ConfigMap into a pod at its next look at it, once in a minute or so.
+        refusal = tuned.wait("it is refused", lambda: (said := answer()) != "2" and said, 240)
+        assert "429" in refusal, refusal
+        assert f"device '{device}' has all sessions that its quota sessions=0 gives" in refusal
+    finally:
+        tuned.patch(NAME, {"cloud": {"quotas": {"devices": [{"name": device, "unlimited": ["sessions"]}]}}})
+    tuned.wait("it is answered again", lambda: answer() == "2", 240)
+    assert containers() == before
 
 
 def test_chunk_tokens(tuned: Product) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -153,5 +154,5 @@ class Deployments:
         """A number within the bounds, at them or just outside."""
         rng = self.rng
         least, most = schema["minimum"], schema.get("maximum", 2**31 - 1)
-        inside = rng.randint(least, most)
+        inside = rng.randint(math.ceil(least), most)
         return rng.choice([inside, inside, least, most, least - 1, most + 1, inside + 0.5])

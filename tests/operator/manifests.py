@@ -8,6 +8,16 @@ from typing import Any
 
 GROUP, VERSION, PLURAL = "hat.dev", "v1alpha1", "hatdeployments"
 REMOVED = object()
+QUOTAS: dict[str, Any] = {
+    "deviceDefault": {"sessions": 4, "tokensPerSecond": 200.5, "burstTokens": 1000, "kvShare": 0.25},
+    "devices": [
+        {"name": "jetson-1", "unlimited": ["sessions", "tokensPerSecond", "kvShare"]},
+        {"name": "jetson-2.site_a", "burstTokens": 1, "kvShare": 0.000001},
+    ],
+    "tenantDefault": {"sessions": 0, "tokensPerSecond": 1000000000, "weight": 0.01},
+    "tenants": [{"name": "acme", "sessions": 1048576, "burstTokens": 1, "weight": 100}],
+}
+"""Every field of spec.cloud.quotas, many at a bound."""
 
 
 def hat_deployment(name: str = "chat", **spec: Any) -> dict[str, Any]:

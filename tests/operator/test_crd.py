@@ -17,6 +17,7 @@ from tests.operator.conftest import ROOT
 from tests.operator.manifests import (
     GROUP,
     PLURAL,
+    QUOTAS,
     REMOVED,
     VERSION,
     changed,
@@ -300,6 +301,45 @@ def test_prometheus_servers_are_kept_as_written(hats: Hats, url: str) -> None:
     if url.startswith("https"):
         assert found["prometheusTokenSecretRef"] == {"name": "reader", "key": "token"}
         assert found["prometheusCaRef"] == {"kind": "ConfigMap", "name": "ca", "key": "ca.crt"}
+
+
+@pytest.mark.parametrize(
+    "quotas", [QUOTAS, {}, {"tenantDefault": {}, "devices": []}], ids=["all", "none", "empty"]
+)
+def test_quotas_are_kept_as_written(hats: Hats, quotas: dict[str, Any]) -> None:
+    assert hats.create(hat_deployment(cloud={"quotas": quotas}))["spec"]["cloud"]["quotas"] == quotas
+
+
+def test_quotas_can_come_change_and_go(hats: Hats) -> None:
+    live = hats.create(hat_deployment())
+    assert "quotas" not in live["spec"]["cloud"]
+    for changes in (
+        {"spec.cloud.quotas": {}},
+        {"spec.cloud.quotas": QUOTAS},
+        {"spec.cloud.quotas.devices": [], "spec.cloud.quotas.deviceDefault.sessions": 0},
+        {"spec.cloud.quotas": REMOVED},
+    ):
+        live = hats.replace(changed(live, changes))
+    assert live["metadata"]["generation"] == 5
+
+
+def test_null_is_no_limit_that_could_be_kept(hats: Hats) -> None:
+    """The reason for `unlimited`: what null stands for in a quota file would be the default's limit here."""
+    device = {"name": "jetson-1", "sessions": None}
+    live = hats.create(hat_deployment(cloud={"quotas": {"devices": [device]}}))
+    assert live["spec"]["cloud"]["quotas"]["devices"] == [{"name": "jetson-1"}]
+
+
+def test_a_thousand_names_fit(hats: Hats) -> None:
+    """And the rules over all of them cost less than an apiserver allows."""
+    one = {"sessions": 1, "burstTokens": 1.5, "unlimited": ["kvShare"]}
+    full = [{**one, "name": f"{index:060}"} for index in range(1000)]
+    default = {"tokensPerSecond": 1}
+    quotas = {"tenantDefault": default, "deviceDefault": default, "tenants": full, "devices": full}
+    assert hats.create(hat_deployment(cloud={"quotas": quotas}))["spec"]["cloud"]["quotas"] == quotas
+    quotas["devices"] = [*full[:-1], {**full[-1], "unlimited": ["tokensPerSecond"]}]
+    message = hats.refusal(hats.create, hat_deployment("other", cloud={"quotas": quotas}))
+    assert "cloud.quotas.devices: burstTokens goes with tokensPerSecond" in message
 
 
 def test_devices_of_token_mode_may_go_on_without_the_cloud(hats: Hats) -> None:

@@ -20,7 +20,16 @@ from hat_runtime.control.published import PublishedPolicy
 from tests.fuzz.deployments import Deployments
 from tests.fuzz.watch import Watch
 from tests.harness.controlplane import ControlPlane
-from tests.operator.manifests import GROUP, PLURAL, VERSION, changed, hat_deployment, token_mode, two_clusters
+from tests.operator.manifests import (
+    GROUP,
+    PLURAL,
+    QUOTAS,
+    VERSION,
+    changed,
+    hat_deployment,
+    token_mode,
+    two_clusters,
+)
 
 SCHEMA = load_schema()
 NODE = "$(HAT_NODE_NAME)"
@@ -32,6 +41,7 @@ RIGHT = [
     hat_deployment(edge={"deviceSelector": {"matchLabels": {"hat.dev/device": "true"}}}),
     two_clusters(),
     token_mode(),
+    changed(hat_deployment(), {"spec.cloud.quotas": QUOTAS}),
     changed(token_mode(), {"spec.speculation": {"draftModel": {"hub": "org/small"}}}),
 ]
 

@@ -189,6 +189,88 @@ WRONG = {
         {"spec.speculation.alternatives": 9},
         ("spec.speculation.alternatives", "9", "less than or equal to 8"),
     ),
+    # Quotas
+    "quota-sessions": Wrong(
+        {"spec.cloud.quotas.deviceDefault.sessions": -1},
+        ("spec.cloud.quotas.deviceDefault.sessions", "greater than or equal to 0"),
+    ),
+    "quota-sessions-many": Wrong(
+        {"spec.cloud.quotas.tenantDefault.sessions": 1048577},
+        ("spec.cloud.quotas.tenantDefault.sessions", "less than or equal to 1048576"),
+    ),
+    "quota-rate": Wrong(
+        {"spec.cloud.quotas.deviceDefault.tokensPerSecond": 0},
+        ("spec.cloud.quotas.deviceDefault.tokensPerSecond", "must be at least 0.01"),
+    ),
+    "quota-rate-low": Wrong(
+        {"spec.cloud.quotas.deviceDefault.tokensPerSecond": 0.009},
+        ("spec.cloud.quotas.deviceDefault.tokensPerSecond", "greater than or equal to 0.01"),
+    ),
+    "quota-share-none": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "jetson-1", "kvShare": 0}]},
+        ("spec.cloud.quotas.devices[0].kvShare", "must be at least 0.000001"),
+    ),
+    "quota-weight-none": Wrong(
+        {"spec.cloud.quotas.tenantDefault.weight": 0},
+        ("spec.cloud.quotas.tenantDefault.weight", "must be at least 0.01"),
+    ),
+    "quota-share": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "jetson-1", "kvShare": 1.5}]},
+        ("spec.cloud.quotas.devices[0].kvShare", "less than or equal to 1"),
+    ),
+    "quota-share-text": Wrong(
+        {"spec.cloud.quotas.deviceDefault.kvShare": "half"},
+        ("spec.cloud.quotas.deviceDefault.kvShare", "must be of type number"),
+    ),
+    "quota-weight": Wrong(
+        {"spec.cloud.quotas.tenants": [{"name": "acme", "weight": 101}]},
+        ("spec.cloud.quotas.tenants[0].weight", "less than or equal to 100"),
+    ),
+    "quota-weight-of-device": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "jetson-1", "weight": 2}]},
+        ('unknown field "spec.cloud.quotas.devices[0].weight"',),
+    ),
+    "quota-field": Wrong(
+        {"spec.cloud.quotas.deviceDefault.session": 2},
+        ('unknown field "spec.cloud.quotas.deviceDefault.session"',),
+    ),
+    "quota-burst": Wrong(
+        {"spec.cloud.quotas.tenantDefault.burstTokens": 9},
+        ("cloud.quotas: burstTokens goes with tokensPerSecond", "remove burstTokens"),
+    ),
+    "quota-burst-of-device": Wrong(
+        {"spec.cloud.quotas": {"devices": [{"name": "a"}, {"name": "b", "burstTokens": 9}]}},
+        ("cloud.quotas.devices: burstTokens goes with tokensPerSecond", "deviceDefault"),
+    ),
+    "quota-burst-of-tenant-without-limit": Wrong(
+        {
+            "spec.cloud.quotas": {
+                "tenantDefault": {"tokensPerSecond": 5},
+                "tenants": [{"name": "acme", "burstTokens": 9, "unlimited": ["tokensPerSecond"]}],
+            }
+        },
+        ("cloud.quotas.tenants: burstTokens goes with tokensPerSecond", "tenantDefault"),
+    ),
+    "quota-limit-and-none": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "a", "sessions": 2, "unlimited": ["sessions"]}]},
+        ("cloud.quotas: a limit has a value and is in unlimited",),
+    ),
+    "quota-unlimited": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "a", "unlimited": ["weight"]}]},
+        ("spec.cloud.quotas.devices[0].unlimited[0]", '"sessions", "tokensPerSecond", "kvShare"'),
+    ),
+    "quota-name": Wrong(
+        {"spec.cloud.quotas.tenants": [{"name": "acme corp"}]},
+        ("spec.cloud.quotas.tenants[0].name", "should match"),
+    ),
+    "quota-no-name": Wrong(
+        {"spec.cloud.quotas.tenants": [{"sessions": 1}]},
+        ("spec.cloud.quotas.tenants[0].name: Required value",),
+    ),
+    "quota-twice": Wrong(
+        {"spec.cloud.quotas.devices": [{"name": "a"}, {"name": "a"}]},
+        ("spec.cloud.quotas.devices[1]: Duplicate value",),
+    ),
     "port": Wrong(
         {"spec.cloud.expose.port": 65536}, ("spec.cloud.expose.port", "less than or equal to 65535")
     ),

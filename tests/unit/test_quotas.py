@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hat_runtime.cloud.quotas import read
 from hat_runtime.control.fair_share import FairShare
 from hat_runtime.control.quotas import Limits, QuotaError, Quotas, parse
 from hat_runtime.control.throttle import MOST_KEPT, Throttle
@@ -29,6 +32,27 @@ def test_what_is_not_set_is_the_default_s() -> None:
     assert quotas.max_pages("acme", "jetson-1", 200) == 20
     assert quotas.max_pages("acme", "other", 200) == 100
     assert quotas.rated
+
+
+def test_a_burst_of_the_default_goes_with_its_rate() -> None:
+    default = {"tokens_per_second": 100, "burst_tokens": 500}
+    named = {"free": {"tokens_per_second": None}, "same": {}, "slow": {"tokens_per_second": 1}}
+    quotas = parse({"tenant_default": default, "tenants": named})
+    assert quotas.tenant("free") == Limits()
+    assert (quotas.tenant("same").burst, quotas.tenant("slow").burst) == (500, 500)
+
+
+def test_the_file_in_the_documents_is_one() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    (file,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "tenant_default" in block]
+    quotas = read(Path("FILE"), file.encode())
+    assert quotas.tenant("acme") == Limits(64, None, None, 0.5, 2)
+    assert quotas.tenant("other").burst == 2000
+
+
+def test_numbers_of_json_and_yaml() -> None:
+    for text in ('{"device_default": {"kv_share": 1e-06}}', "device_default: {kv_share: 0.000001}"):
+        assert read(Path("FILE"), text.encode()).device_default.kv_share == 1e-6
 
 
 def test_an_empty_file_limits_nobody() -> None:
@@ -57,6 +81,13 @@ def test_an_empty_file_limits_nobody() -> None:
         (
             {"tenant_default": {"burst_tokens": 9}},
             "tenant_default.burst_tokens: 9: goes with tokens_per_second",
+        ),
+        (
+            {
+                "device_default": {"tokens_per_second": 9},
+                "devices": {"d": {"tokens_per_second": None, "burst_tokens": 9}},
+            },
+            "devices.d.burst_tokens: 9: goes with tokens_per_second",
         ),
         ({"tenants": {"x" * 300: {}}}, "must be a name of 1 to 253"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 from hat_operator import names
 from hat_operator.identity import who
-from hat_operator.objects import denied_map, identity, pods, policy_map
+from hat_operator.objects import denied_map, identity, pods, policy_map, quota_map
 from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -62,12 +62,15 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     args += ["--device", "cuda" if cloud.gpus else "cpu"]
     proposes = adaptive(hat.spec.mode, hat.spec.chunking)
     args += ["--policy-file", policy_map.FILE] if proposes else []
+    limited = cloud.quotas is not None
+    args += ["--quotas", quota_map.FILE] if limited else []
     mutual = hat.spec.security.mutual
     if mutual:
         args += ["--tls", identity.FOLDER, "--admin-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
         args += ["--denied-file", denied_map.FILE]
     args += ["--log-format", "json", "--log-level", hat.spec.log_level]
     mounts = [*files.mounts, *([policy_map.mount()] if proposes else [])]
+    mounts += [quota_map.mount()] if limited else []
     mounts += [identity.mount(), denied_map.mount()] if mutual else []
     main = pods.container(
         "cloud",
@@ -85,6 +88,7 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
         main["ports"].append({"name": names.ADMIN, "containerPort": names.ADMIN_PORT, "protocol": "TCP"})
     main.update(pods.life())
     volumes = [policy_map.volume(hat)] if proposes else []
+    volumes += [quota_map.volume(hat)] if limited else []
     if mutual:
         own = str(who.cloud(hat, settings))
         files.init.insert(0, identity.sidecar(hat, names.CLOUD, image, own))

@@ -10,6 +10,7 @@ from tests.unit.operator.samples import HUB, REMOTE
 FAR = {"clusterRef": REMOTE}
 BALANCED: dict[str, Any] = {"expose": {"type": "LoadBalancer"}}
 CLAIM = {"claim": {"name": "c"}}
+RATED = {"cloud": {"quotas": {f"{kind}Default": {"tokensPerSecond": 1} for kind in ("tenant", "device")}}}
 WEIGHTS = {"weights": {"claim": {"name": "w"}}}
 
 
@@ -41,6 +42,17 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "cloud.maxSessions": (5, {}),
     "cloud.resumeTtlSeconds": (5, {}),
     "cloud.runtimeClassName": ("kata-qemu-nvidia-gpu-snp", {}),
+    "cloud.quotas.deviceDefault.sessions": (3, {}),
+    "cloud.quotas.deviceDefault.tokensPerSecond": (3, {}),
+    "cloud.quotas.deviceDefault.burstTokens": (3, RATED),
+    "cloud.quotas.deviceDefault.kvShare": (0.5, {}),
+    "cloud.quotas.devices": ([{"name": "jetson-1", "unlimited": ["sessions"]}], {}),
+    "cloud.quotas.tenantDefault.sessions": (3, {}),
+    "cloud.quotas.tenantDefault.tokensPerSecond": (3, {}),
+    "cloud.quotas.tenantDefault.burstTokens": (3, RATED),
+    "cloud.quotas.tenantDefault.kvShare": (0.5, {}),
+    "cloud.quotas.tenantDefault.weight": (3, {}),
+    "cloud.quotas.tenants": ([{"name": "acme", "weight": 2}], {}),
     "cloud.image": ("mine:1", {}),
     "cloud.expose.type": ("LoadBalancer", {}),
     "cloud.expose.host": ("h", {}),
