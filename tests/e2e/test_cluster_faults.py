@@ -15,24 +15,28 @@ from typing import Any
 
 import pytest
 
-import tests.benchmark_modules  # noqa: F401
+import tests.benchmark_modules  # noqa: F401 (finds the benchmarks' modules)
 from tests.e2e.product import Product
+from tests.e2e.replicas import NAME, REPLICAS, Mode, Scene, more_nodes, scene
 from tests.e2e.streams import Reply
 from tests.e2e.striking import (
-    LEFT_S,
-    NAME,
-    Scene,
+    ANSWERS_S,
     Tally,
     delete,
     delete_by_force,
     drain_node,
     kill,
     roll,
-    scene,
     struck,
 )
+from tests.harness.node import Node
+
+from common import facts, report, table  # isort: skip
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.default_model, pytest.mark.long]
+MODES: tuple[Mode, ...] = ("hat", "picospec")
+LEFT_S = 150.0
+"""For what is left over to go: sessions whose device could not say that it wants them no more are kept for 60 s."""
 ANSWERS = int(os.environ.get("HAT_FAULT_ANSWERS", "20"))
 NEW = 160
 LONGEST = NEW + 60
@@ -101,64 +105,87 @@ at the end, when the devices leave, the cloud holds no session and no page.
 """
 
 
-@pytest.fixture(scope="module")
-def tallies() -> Iterator[list[Tally]]:
-    """What came of each fault; printed, and with HAT_WRITE_REPORT=1 written to docs/benchmarks/cluster_faults.md."""
-    from common import facts, report, table
+class Report:
+    """What came of each fault so far; with HAT_WRITE_REPORT=1 also in docs/benchmarks/cluster_faults.md."""
 
-    about, found = facts(None), list[Tally]()
-    yield found
-    columns = ["mode", "fault", "answers", "exact", "told", "wrong", "asked again", "resumes", "pause (s)"]
-    rows = [
-        [
-            *("hat", tally.name, tally.exact + tally.told + len(tally.wrong)),
-            *(tally.exact, tally.told, len(tally.wrong), tally.refusals, tally.resumes),
-            *(f"{tally.pause_s:.1f}", f"{tally.seconds:.0f}"),
+    def __init__(self) -> None:
+        self._about = facts(None, ("torch", "transformers", "grpcio", "kubernetes"))
+        self._about["command"] = "`make full-cluster-faults`"
+        self._seen: Report = []
+
+    def add(self, tally: Tally) -> None:
+        """One more row; everything is written again, so that a run that is cut leaves what it saw."""
+        self._tallies.append(tally)
+        if os.environ.get("HAT_WRITE_REPORT") == "1":
+            PAGE.write_text(report("Faults on a cluster", ABOUT, self._about, self.table()))
+
+    def table(self) -> str:
+        """A row for each fault."""
+        columns = ["mode", "fault", "answers", "exact", "told", "wrong", "asked again", "resumes"]
+        rows = [
+            [
+                *(tally.mode, tally.name, tally.exact + tally.told + len(tally.wrong)),
+                *(tally.exact, tally.told, len(tally.wrong), tally.refusals, tally.resumes),
+                *(f"{tally.pause_s:.1f}", f"{tally.seconds:.0f}"),
+            ]
+            for tally in self._tallies
         ]
-        for tally in found
-    ]
-    results = table([*columns, "seconds"], rows)
-    print(f"\n{results}")
-    if os.environ.get("HAT_WRITE_REPORT") == "1":
-        about["command"] = "`make full-cluster-faults`"
-        PAGE.write_text(report("Faults on a cluster", ABOUT, about, results))
+        return table([*columns, "pause (s)", "seconds"], rows)
 
 
 @pytest.fixture(scope="module")
-def there(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with scene(product, tmp_path_factory.mktemp) as made:
+def seen() -> Iterator[Report]:
+    found = Report()
+    yield found
+    print(f"\n{found.table()}")
+
+
+@pytest.fixture(scope="module")
+def devices(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
+    with more_nodes(product, tmp_path_factory.mktemp) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=MODES)
+def there(
+    request: pytest.FixtureRequest,
+    product: Product,
+    devices: list[Node],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Scene]:
+    with scene(product, devices, request.param, tmp_path_factory.mktemp) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def want(there: Scene, tallies: list[Tally]) -> Mapping[int, Reply]:
+def want(there: Scene, seen: Report) -> Mapping[int, Reply]:
     """Each answer without a fault."""
     began = time.monotonic()
-    replies = there.ask(BODIES).join(600)
+    replies = there.ask(BODIES).join(ANSWERS_S)
     for reply in replies:
         assert not reply.error, f"answer {reply.number}: {reply.error}"
         assert reply.tokens > NEW // 4, f"answer {reply.number} has {reply.tokens} tokens only"
     assert len({reply.text for reply in replies}) == ANSWERS
     found = {reply.number: reply for reply in replies}
-    calm = Tally("none", seconds=time.monotonic() - began)
+    calm = Tally(there.mode, "none", seconds=time.monotonic() - began)
     for reply in replies:
         calm.add(reply, found[reply.number], ())
-    tallies.append(calm)
+    seen.add(calm)
     return found
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_answers_go_on(there: Scene, want: Mapping[int, Reply], tallies: list[Tally], name: str) -> None:
+def test_answers_go_on(there: Scene, want: Mapping[int, Reply], seen: Report, name: str) -> None:
     """Every answer is the uninterrupted one, or ends with an error where the contract says so; nothing is left."""
     fault = FAULTS[name]
     tally = struck(there, name, BODIES, want, fault.strike, fault.again, fault.allowed)
-    tallies.append(tally)
-    print(f"{name}: {tally}")
     there.wait_serving()
     try:
         there.product.wait("nothing is left over", lambda: not there.left_over(LONGEST), LEFT_S)
     except AssertionError:
         tally.wrong.append(f"left over: {there.left_over(LONGEST)}")
+    print(f"{there.mode}: {name}: {tally}")
+    seen.add(tally)
     assert not tally.wrong
     assert tally.exact >= ANSWERS - tally.told
     if fault.resumed:
@@ -174,10 +201,11 @@ def test_nothing_is_left_when_devices_leave(there: Scene, want: Mapping[int, Rep
     def empty() -> bool:
         figures = [there.figures("cloud", pod) for pod in there.pods("cloud")]
         names = ("hat_num_sessions_open", "hat_num_sessions_lost", "hat_kv_cache_usage_ratio")
-        return len(figures) == 2 and not any(one[name] for one in figures for name in names)
+        return len(figures) == REPLICAS and not any(one[name] for one in figures for name in names)
 
     try:
         there.product.wait("no device", lambda: not there.all_pods("edge"), 180)
         there.product.wait("the cloud holds nothing", empty, LEFT_S)
     finally:
-        edge.kubectl("label", "node", edge.node.name, "hat.dev/device=true")
+        for node in nodes:
+            edge.kubectl("label", "node", node, "hat.dev/device=true")
