@@ -124,8 +124,10 @@ def serves(pod: Mapping[str, Any]) -> bool:
 def more_nodes(product: Product, make_folder: Callable[[str], Path]) -> Iterator[list[Node]]:
     """A second node of the cloud and two more devices; yields all devices. All is as before afterwards."""
     cloud, edge = product.cloud, product.edge
+    wanted: list[tuple[Cluster, dict[str, str]]] = [(cloud, {})]
+    wanted += [(edge, {"hat.dev/device": "true"})] * (DEVICES - 1)
     with ExitStack() as stack:
-        for cluster, labels in ((cloud, {}), *[(edge, {"hat.dev/device": "true"})] * (DEVICES - 1)):
+        for cluster, labels in wanted:
             node = cluster.add_node(labels)
             stack.callback(cluster.remove_node, node)
             load_images(node, make_folder(node.name))

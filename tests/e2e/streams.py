@@ -180,7 +180,7 @@ def _tell(number: int, **event: Any) -> None:
 
 async def _ask(client: httpx.AsyncClient, url: str, number: int, body: Mapping[str, Any]) -> bool:
     """One answer, told piece by piece; False where no device has accepted the question."""
-    finish, figures = "", {}
+    finish, figures = "", dict[str, Any]()
     try:
         async with client.stream("POST", url, json=body) as reply:
             if reply.status_code != 200:

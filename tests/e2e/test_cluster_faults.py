@@ -38,7 +38,7 @@ MODES: tuple[Mode, ...] = ("hat", "picospec")
 LEFT_S = 150.0
 """For what is left over to go: sessions whose device could not say that it wants them no more are kept for 60 s."""
 ANSWERS = int(os.environ.get("HAT_FAULT_ANSWERS", "20"))
-NEW = 160
+NEW = 96
 LONGEST = NEW + 60
 """Tokens of a prompt and its answer."""
 THINGS = (
