@@ -186,6 +186,7 @@ async def _ask(client: httpx.AsyncClient, url: str, number: int, body: Mapping[s
             if reply.status_code != 200:
                 code = json.loads(await reply.aread())["error"]["code"]
                 _tell(number, **{"refused" if code in NOT_ACCEPTED else "error": code})
+                await asyncio.sleep(_AGAIN_S)
                 return code not in NOT_ACCEPTED
             async for line in reply.aiter_lines():
                 if line == "data: [DONE]":
@@ -205,6 +206,7 @@ async def _ask(client: httpx.AsyncClient, url: str, number: int, body: Mapping[s
             _tell(number, error=CUT_OFF)
     except (httpx.ConnectError, httpx.ConnectTimeout):
         _tell(number, refused="unreachable")
+        await asyncio.sleep(_AGAIN_S)
         return False
     except httpx.HTTPError as error:
         _tell(number, error=f"{CUT_OFF}: {type(error).__name__}: {error}")
@@ -228,8 +230,6 @@ async def _keep_asking(
         elif time.monotonic() - since > AGAIN_FOR_S:
             _tell(number, error=GIVEN_UP)
             return
-        else:
-            await asyncio.sleep(_AGAIN_S)
 
 
 async def main() -> None:
