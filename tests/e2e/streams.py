@@ -179,7 +179,7 @@ def _tell(number: int, **event: Any) -> None:
 
 
 async def _ask(client: httpx.AsyncClient, url: str, number: int, body: Mapping[str, Any]) -> bool:
-    """One answer, told piece by piece; False where no device has accepted the question."""
+    """One answer, told piece by piece; False, after a moment, where no device has accepted it."""
     finish, figures = "", dict[str, Any]()
     try:
         async with client.stream("POST", url, json=body) as reply:
