@@ -111,7 +111,7 @@ class Report:
     def __init__(self) -> None:
         self._about = facts(None, ("torch", "transformers", "grpcio", "kubernetes"))
         self._about["command"] = "`make full-cluster-faults`"
-        self._seen: Report = []
+        self._tallies: list[Tally] = []
 
     def add(self, tally: Tally) -> None:
         """One more row; everything is written again, so that a run that is cut leaves what it saw."""
