@@ -207,6 +207,10 @@ full-speculation-faults: $(STAMP)  ## stalls, cuts and slow spells of the link w
 faults: $(STAMP)  ## the fault suite: 20 answers under each fault of cloud, link and device; writes docs/benchmarks/faults.md
 	@$(BIN)/python benchmarks/faults.py $(ARGS)
 
+.PHONY: full-cluster-faults
+full-cluster-faults: $(STAMP)  ## the same on real nodes (root): pods killed, deleted, drained, rolled; writes docs/benchmarks/cluster_faults.md
+	@CI=true HAT_WRITE_REPORT=1 $(BIN)/python -m pytest tests/e2e/test_cluster_faults.py -m long -s $(ARGS)
+
 .PHONY: full-session-model
 full-session-model: $(STAMP)  ## sessions opened, lost, resumed, fenced, expired in 1,000 random orders, against a model
 	@$(BIN)/python -m pytest tests/runtime/test_session_model.py -m long $(ARGS)

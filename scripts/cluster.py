@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
             for cluster in clusters:
                 stack.callback(cluster.stop)
                 cluster.start()
-                load_images(cluster, Path(folder))
+                load_images(cluster.node, Path(folder))
             if args.two:
                 clusters[0].sandbox.join(clusters[1].sandbox)
             if args.chart:

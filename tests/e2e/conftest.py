@@ -48,7 +48,7 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster
     try:
         for cluster in (cloud, edge):
             cluster.start()
-            load_images(cluster, tmp_path_factory.mktemp(cluster.name))
+            load_images(cluster.node, tmp_path_factory.mktemp(cluster.name))
         cloud.sandbox.join(edge.sandbox)
         yield cloud, edge
     finally:

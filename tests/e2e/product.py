@@ -19,6 +19,7 @@ from hat_operator.identity.authority import read as read_authority
 from tests.harness import images
 from tests.harness.cluster import Cluster
 from tests.harness.controlplane import KubectlError
+from tests.harness.node import Node
 from tests.harness.release import Helm
 from tests.operator.manifests import changed
 
@@ -290,10 +291,10 @@ class Product:
         }
 
 
-def load_images(cluster: Cluster, folder: Path) -> None:
-    """Gives the cluster's node the images of cloud, edge and operator; `folder` is for the archive."""
+def load_images(node: Node, folder: Path) -> None:
+    """Gives a node the images of cloud, edge and operator; `folder` is for the archive."""
     refs = [f"{REGISTRY}/hat-{side}:{tag}" for side in ("cloud", "edge", "operator") for tag in VERSIONS]
-    cluster.node.load(images.write_hat(folder / f"{cluster.name}.tar", refs))
+    node.load(images.write_hat(folder / f"{node.name}.tar", refs))
 
 
 def fetching(pod: Mapping[str, Any]) -> list[str]:

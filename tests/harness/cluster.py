@@ -1,7 +1,10 @@
-"""A whole Kubernetes cluster with one node, on which pods run: a ControlPlane, a Node, Services and cluster DNS."""
+"""A whole Kubernetes cluster on whose nodes pods run: a ControlPlane, one or more Nodes, Services and cluster DNS."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +29,8 @@ from tests.harness.sandbox import Sandbox, cgroups, check_machine, remove_cgroup
 _API_PORT = 6443
 _API_SERVICE = "10.96.0.1"
 _NODE_READY_S = 120.0
+MOST_NODES = 4
+"""The apiserver knows their users from its start on."""
 
 
 def find_programs(say: Say = say_on_stderr) -> dict[str, Path]:
@@ -45,10 +50,11 @@ def remove_abandoned_cgroups() -> None:
 
 
 class Cluster(ControlPlane):
-    """A ControlPlane whose programs run in the namespaces of its one node, which this machine reaches at `address`.
+    """A ControlPlane whose programs run in the namespaces of its first node, which this machine reaches at `address`.
 
-    Everything ends with this process, however it ends. Pods reach other pods, Services and joined clusters, and no
-    other network. All images must have been loaded with `node.load`.
+    `node` is that one; `add_node` makes others, which last until `remove_node` or the cluster's end. Everything ends
+    with this process, however it ends. Pods reach other pods, Services and joined clusters, and no other network. All
+    images must have been loaded with `node.load`, on every node.
     """
 
     def __init__(
@@ -62,12 +68,13 @@ class Cluster(ControlPlane):
 
         Args:
             programs: those of `find_programs`.
-            name: at most 11 characters; the node is called NAME-node.
-            labels: of the node.
+            name: at most 9 characters; the first node is called NAME-node, the second one NAME-2-node.
+            labels: of the first node.
             audit: see ControlPlane.
         """
         super().__init__(programs, name, audit)
         self._labels = dict(labels or {})
+        self.nodes: list[Node] = []
 
     def start(self) -> None:
         """Starts everything and waits until the node is ready. Raises HatError, MissingProgramError."""
@@ -78,50 +85,82 @@ class Cluster(ControlPlane):
         self.sandbox = Sandbox(self.name, self.folder)
         self.address = self.sandbox.address
         self.node = Node(self.sandbox, self.folder, self._programs)
+        self.nodes = [self.node]
         super()._start()
         self._run(
             "kube-scheduler", kubeconfig=self._kubeconfig("system:kube-scheduler"), leader_elect="false"
         )
-        self._start_proxy()
         self._start_dns()
-        self.node.start_containerd(cache_folder())
-        user = f"system:node:{self.node.name}"
-        self.node.start_kubelet(self._kubeconfig(user), self.address, self._labels)
-        self.wait_node(ready=True)
+        self._start_node(self.node, self._labels)
+
+    def add_node(self, labels: Mapping[str, str] | None = None) -> Node:
+        """Starts one more node with these labels, joins it to the others and waits until it is ready.
+
+        Raises HatError, TimeoutError; ValueError beyond MOST_NODES.
+        """
+        number = next((n for n in range(2, MOST_NODES + 1) if self._node_name(n) not in self._names()), None)
+        if number is None:
+            raise ValueError(f"{self.name}: a cluster has at most {MOST_NODES} nodes")
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        shutil.copy(self.folder / "ca.crt", folder)
+        node = Node(Sandbox(f"{self.name}-{number}", folder), folder, self._programs, number)
+        for other in self.nodes:
+            node.join(other)
+        self.nodes.append(node)
+        self._start_node(node, labels or {})
+        return node
+
+    def remove_node(self, node: Node) -> None:
+        """Moves a node's pods to others, as far as that can be, and ends it. Not for the first one."""
+        drain = ("drain", node.name, "--ignore-daemonsets", "--delete-emptydir-data", "--force")
+        self.kubectl(*drain, "--timeout=50s", check=False)
+        self.kubectl("delete", "node", node.name, "--wait=false", check=False)
+        self.nodes.remove(node)
+        self._children.pop(_proxy(node)).stop()
+        _end(node)
+
+    def _names(self) -> set[str]:
+        return {node.name for node in self.nodes}
+
+    def _node_name(self, number: int) -> str:
+        return f"{self.name}-node" if number == 1 else f"{self.name}-{number}-node"
+
+    def _start_node(self, node: Node, labels: Mapping[str, str]) -> None:
+        self._start_proxy(node)
+        node.start_containerd(cache_folder())
+        node.start_kubelet(self._kubeconfig(f"system:node:{node.name}"), self.address, labels)
+        self.wait_node(ready=True, node=node)
 
     def stop(self) -> None:
         """Ends everything and deletes the folder; does nothing the second time."""
+        for node in self.nodes[1:]:
+            _end(node)
+        self.nodes = []
         if hasattr(self, "sandbox"):
             if hasattr(self, "node"):
                 self.node.stop()
             self.sandbox.stop()
         super().stop()
 
-    def wait_node(self, ready: bool, timeout_s: float = _NODE_READY_S) -> None:
-        """Waits until the node is ready, or is not. Raises HatError, TimeoutError."""
+    def wait_node(self, ready: bool, timeout_s: float = _NODE_READY_S, node: Node | None = None) -> None:
+        """Waits until a node, by default the first one, is ready, or is not. Raises HatError, TimeoutError."""
+        node = node or self.node
         core = kube.CoreV1Api(self.client())
         deadline = time.monotonic() + timeout_s
-        while ((why := self._why_not(core)) is None) != ready:
-            self.node.check()
+        while ((why := _why_not(core, node)) is None) != ready:
+            node.check()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.node.name} is {why or 'ready'} after {timeout_s:.0f} s")
+                raise TimeoutError(f"{node.name} is {why or 'ready'} after {timeout_s:.0f} s")
             time.sleep(0.2)
-
-    def _why_not(self, core: kube.CoreV1Api) -> str | None:
-        """None when pods can be scheduled to the node."""
-        found = [node for node in core.list_node().items if node.metadata.name == self.node.name]
-        if not found:
-            return "not registered"
-        for condition in found[0].status.conditions or []:
-            if condition.type == "Ready" and condition.status != "True":
-                return f"not ready: {condition.message}"
-        return f"tainted: {found[0].spec.taints}" if found[0].spec.taints else None
 
     def _make_credentials(self) -> Credentials:
         users = {
             "system:kube-scheduler": "",
             "system:kube-proxy": "",
-            f"system:node:{self.node.name}": "system:nodes",
+            **{
+                f"system:node:{self._node_name(number)}": "system:nodes"
+                for number in range(1, MOST_NODES + 1)
+            },
         }
         return Credentials(self.folder, ("127.0.0.1", self.address, _API_SERVICE), users)
 
@@ -144,17 +183,19 @@ class Cluster(ControlPlane):
         path = self.folder / f"{user.replace(':', '-')}.kubeconfig"
         return self._credentials.kubeconfig(path, self.server, self._credentials.tokens[user])
 
-    def _start_proxy(self) -> None:
-        self._run(
-            "kube-proxy",
-            kubeconfig=self._kubeconfig("system:kube-proxy"),
-            proxy_mode="iptables",
-            hostname_override=self.node.name,
-            cluster_cidr=POD_CIDR,
+    def _start_proxy(self, node: Node) -> None:
+        flags = {
+            "kubeconfig": self._kubeconfig("system:kube-proxy"),
+            "proxy-mode": "iptables",
+            "hostname-override": node.name,
+            "cluster-cidr": POD_CIDR,
             # Limits of the whole machine, which are not a test's to change.
-            conntrack_max_per_core=0,
-            conntrack_min=0,
-        )
+            "conntrack-max-per-core": 0,
+            "conntrack-min": 0,
+        }
+        command = [*node.sandbox.network_only, str(self._programs["kube-proxy"])]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        self._children[_proxy(node)] = Child(f"kube-proxy ({node.name})", command)
 
     def _start_dns(self) -> None:
         config = self.folder / "Corefile"
@@ -176,3 +217,25 @@ class Cluster(ControlPlane):
         )
         command = [*self._prefix(), str(self._programs["coredns"]), "-conf", str(config)]
         self._children["coredns"] = Child(f"coredns ({self.name})", command)
+
+
+def _why_not(core: kube.CoreV1Api, node: Node) -> str | None:
+    """None when pods can be scheduled to the node."""
+    found = [one for one in core.list_node().items if one.metadata.name == node.name]
+    if not found:
+        return "not registered"
+    for condition in found[0].status.conditions or []:
+        if condition.type == "Ready" and condition.status != "True":
+            return f"not ready: {condition.message}"
+    return f"tainted: {found[0].spec.taints}" if found[0].spec.taints else None
+
+
+def _proxy(node: Node) -> str:
+    return f"kube-proxy of {node.name}"
+
+
+def _end(node: Node) -> None:
+    """Ends a further node and deletes its folder."""
+    node.stop()
+    node.sandbox.stop()
+    shutil.rmtree(node.folder, ignore_errors=True)

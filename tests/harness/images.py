@@ -98,6 +98,8 @@ def write_hat(archive: Path, names: Sequence[str]) -> Path:
     environment = {"PATH": path, "HOME": "/tmp", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # This checkout's code, also where the Python environment is that of another one.
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'operator'}:{MODEL_PACKAGES}"
+    # All pods of all nodes take turns on one machine's cores: threads of one pass would only wait for each other.
+    environment["OMP_NUM_THREADS"] = "1"
     config = {
         "User": f"{USER}:{USER}",
         "WorkingDir": "/tmp",
