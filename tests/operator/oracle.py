@@ -11,7 +11,7 @@ from hat_operator.children import Children, key_of
 from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.desired import Observed, desired_objects
 from hat_operator.diff import needs_apply
-from hat_operator.kinds import HATDEPLOYMENT, POD
+from hat_operator.kinds import CONFIG_MAP, HATDEPLOYMENT, POD
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
 
@@ -23,6 +23,9 @@ async def differences(home: Cluster, site: Cluster | None, body: dict[str, Any])
     if not hat.spec.version or body.get("status", {}).get("observedGeneration") != hat.generation:
         found.append("the spec was not looked at yet")
     cloud, local = await Children.read_home(home, hat)
+    if hat.spec.cloud.quotas is not None:  # no ConfigMap is listed: they are read by name
+        quotas = await home.get(CONFIG_MAP, names.cloud_quotas(hat), hat.namespace)
+        cloud.live |= {} if quotas is None else {key_of(quotas): quotas}
     there = local if site is None else await Children.read_edge(site, hat)
     service = cloud.service(names.cloud(hat))
     deployments = rollout.by_revision(cloud.live.values())

@@ -231,7 +231,7 @@ async def test_device_and_cloud_get_certificates_that_the_runtime_takes(world: W
         str(one.identity)
         == f"spiffe://hat.internal/tenant/{world.home.namespace}/device/{world.devices.nodes[0]}"
     )
-    assert one.identity.serves(other.identity)
+    assert other.tenants == {one.identity.tenant}
     assert one.authorities == other.authorities
     left = one.certificate.not_valid_after_utc.timestamp() - time.time()
     assert 23 * 3600 < left <= 24 * 3600
