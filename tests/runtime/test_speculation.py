@@ -70,6 +70,7 @@ async def test_greedy_text_is_the_whole_models(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("link", SLOW)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 async def test_greedy_text_over_the_whole_grid(
