@@ -266,10 +266,9 @@ def _phase(
         ways: dict[str, tuple[str, int | None]] = {policy: (urls[policy], None) for policy in POLICIES}
         ways |= {_name(size): (urls[FIXED], size) for size in args.sizes}
         seen = {name: Seen() for name in ways}
-        for turn in range(
-            args.prompts * (LOADED if phase.sessions else 1)
-        ):  # all take turns: a change of the machine's speed hits all alike
-            order = list(ways)
+        order = list(ways)
+        # All take turns: a change of the machine's speed hits all alike.
+        for turn in range(args.prompts * (LOADED if phase.sessions else 1)):
             for name in order[turn % len(order) :] + order[: turn % len(order)]:
                 url, size = ways[name]
                 _ask(url, next(prompts), size, seen[name])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hat_operator.identity import who
-from hat_operator.objects.denied_map import KEY
+from hat_operator.objects.replica_files import DENIED
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
 from hat_runtime.errors import UsageError
@@ -43,7 +43,7 @@ class Denials:
             content: Any = json.loads(data.get(FLEET_KEY) or "{}")
             fleet = frozenset(map(str, content.get("fleet", ())))
             left = {str(name): float(at) for name, at in content.get("left", {}).items()}
-            return cls(parse(data.get(KEY) or DenyList().to_json()), fleet, left)
+            return cls(parse(data.get(DENIED.key) or DenyList().to_json()), fleet, left)
         except (ValueError, TypeError, AttributeError, UsageError) as error:
             log.warning("a deny-list cannot be read and is written anew: %s", error)
             return cls()
@@ -51,7 +51,7 @@ class Denials:
     def data(self) -> dict[str, str]:
         """Of the ConfigMap."""
         fleet = {"fleet": sorted(self.fleet), "left": dict(sorted(self.left.items()))}
-        return {KEY: self.listed.to_json(), FLEET_KEY: json.dumps(fleet, separators=(",", ":"))}
+        return {DENIED.key: self.listed.to_json(), FLEET_KEY: json.dumps(fleet, separators=(",", ":"))}
 
     def next(
         self, hat: HatDeployment, settings: Settings, nodes: Iterable[str] | None, now: float, above: int = 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hat_operator import names
-from hat_operator.objects import cloud, denied_map, edge, monitor, policies, policy_map, quota_map
+from hat_operator.objects import cloud, edge, monitor, policies
+from hat_operator.objects.replica_files import DENIED, POLICY, QUOTAS
 from hat_operator.rollout import revision_of
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -100,11 +101,11 @@ def _cloud(
         found += [cloud.revision_service(hat, revision) for revision in (*missing, wanted)]
     found.append(cloud.disruption_budget(hat))
     if observed.policy is not None:
-        found.append(policy_map.config_map(hat, observed.policy))
+        found.append(POLICY.config_map(hat, {POLICY.key: observed.policy}))
     if observed.denied is not None:
-        found.append(denied_map.config_map(hat, observed.denied))
+        found.append(DENIED.config_map(hat, observed.denied))
     if hat.spec.cloud.quotas is not None:
-        found.append(quota_map.config_map(hat, hat.spec.cloud.quotas))
+        found.append(QUOTAS.config_map(hat, {QUOTAS.key: hat.spec.cloud.quotas}))
     found.append(cloud.deployment(hat, settings, wanted))
     if monitor.wanted(hat, observed.apis):
         found.append(monitor.pod_monitor(hat, names.CLOUD, name, namespace))

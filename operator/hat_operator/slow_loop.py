@@ -17,7 +17,7 @@ import aiohttp
 
 from hat_operator import events, metrics
 from hat_operator.cluster import Cluster, Object
-from hat_operator.objects.policy_map import KEY
+from hat_operator.objects.replica_files import POLICY
 from hat_operator.policy import Policy, adaptive, common, differs, next_policy, restored
 from hat_operator.policy_news import REASON, News
 from hat_operator.policy_push import push
@@ -160,7 +160,7 @@ def _content(live: Object | None) -> PublishedPolicy:
     if live is None:
         return EMPTY
     try:
-        return parse(str(live.get("data", {}).get(KEY, "")))
+        return parse(str(live.get("data", {}).get(POLICY.key, "")))
     except PolicyError as error:
         meta = live["metadata"]
         log.warning("ConfigMap %s/%s: %s; it is written anew", meta["namespace"], meta["name"], error)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from hat_operator.devices import is_ready
 from tests.e2e.product import SITE_NAMESPACE, TEAM, Product, RequestError, load_images, make_claim
 from tests.e2e.streams import Place, Streams
 from tests.harness.cluster import Cluster
@@ -94,11 +95,10 @@ class Scene:
             idle += figures["hat_num_sessions_idle"]
             if figures["hat_num_sessions_running"]:
                 found.append(f"{name}: {figures['hat_num_sessions_running']:g} running")
-        pages = 0.0
         for pod in self.pods("cloud"):
             figures, name = self.figures("cloud", pod), pod["metadata"]["name"]
             own, used = figures["hat_num_sessions_open"], figures["hat_kv_cache_usage_ratio"] * self._pages
-            streams, pages = streams + own, pages + used
+            streams += own
             for gauge in ("lost", "waiting", "queued"):
                 if figures[f"hat_num_sessions_{gauge}"]:
                     found.append(f"{name}: {figures[f'hat_num_sessions_{gauge}']:g} {gauge}")
@@ -115,9 +115,7 @@ class Scene:
 
 def serves(pod: Mapping[str, Any]) -> bool:
     """Whether a pod is ready and not about to end."""
-    conditions = pod["status"].get("conditions", ())
-    ready = any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]
+    return is_ready(pod) and "deletionTimestamp" not in pod["metadata"]
 
 
 @contextmanager

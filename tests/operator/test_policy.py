@@ -14,7 +14,7 @@ from hat_operator.admin import Doors
 from hat_operator.edges import EdgeClusters
 from hat_operator.figures import Pace
 from hat_operator.kinds import CONFIG_MAP, EVENT, HATDEPLOYMENT
-from hat_operator.objects.policy_map import KEY
+from hat_operator.objects.replica_files import POLICY
 from hat_operator.reconcile import Reconciler
 from hat_operator.settings import Settings
 from hat_operator.slow_loop import SlowLoop
@@ -54,7 +54,7 @@ class Policies:
     async def stored(self) -> PublishedPolicy:
         found = await self.home.cluster.get(CONFIG_MAP, "chat-cloud-policy", self.home.namespace)
         assert found is not None
-        return parse(found["data"][KEY])
+        return parse(found["data"][POLICY.key])
 
     def pushed(self) -> PublishedPolicy:
         (store,) = self.cloud.policies.values()
@@ -113,7 +113,7 @@ async def test_from_figures_to_policy_status_and_event_and_back(policies: Polici
     assert live is not None
     (owner,) = live["metadata"]["ownerReferences"]  # with which it ends
     assert owner["uid"] == (await home.hat())["metadata"]["uid"]
-    await home.cluster.patch(live, {"data": {KEY: "{}"}})
+    await home.cluster.patch(live, {"data": {POLICY.key: "{}"}})
     await home.reconcile()
     assert await policies.stored() == policies.pushed()
     # Silence freezes it, and the condition says so.

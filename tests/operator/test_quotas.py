@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from hat_operator.kinds import CONFIG_MAP
-from hat_operator.objects.quota_map import FILE, KEY
+from hat_operator.objects.replica_files import QUOTAS
 from tests.harness.controlplane import ControlPlane
 from tests.operator.home import Home
 from tests.operator.test_reconcile import settled, writes
@@ -22,7 +22,7 @@ async def stored(home: Home) -> dict[str, Any]:
 
 
 def content(stored: dict[str, Any]) -> Any:
-    return json.loads(stored["data"][KEY])
+    return json.loads(stored["data"][QUOTAS.key])
 
 
 async def test_other_limits_reach_the_file_and_replace_no_pod(
@@ -36,7 +36,7 @@ async def test_other_limits_reach_the_file_and_replace_no_pod(
     (owner,) = first["metadata"]["ownerReferences"]  # with which it ends
     assert owner["uid"] == (await home.hat())["metadata"]["uid"]
     (before,) = await home.deployments()
-    assert FILE in before["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert QUOTAS.path in before["spec"]["template"]["spec"]["containers"][0]["args"]
 
     await home.patch(cloud={"quotas": LIMITS})
     await home.reconcile()
@@ -49,7 +49,7 @@ async def test_other_limits_reach_the_file_and_replace_no_pod(
     for _ in range(2):
         await home.reconcile()
     assert writes(control_plane, home.namespace)[len(seen) :] == []
-    await home.cluster.patch(await stored(home), {"data": {KEY: "{}"}})
+    await home.cluster.patch(await stored(home), {"data": {QUOTAS.key: "{}"}})
     await home.reconcile()
     assert content(await stored(home)) == IN_FILE
 

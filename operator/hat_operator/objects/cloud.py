@@ -6,7 +6,8 @@ from typing import Any
 
 from hat_operator import names
 from hat_operator.identity import who
-from hat_operator.objects import denied_map, identity, pods, policy_map, quota_map
+from hat_operator.objects import identity, pods
+from hat_operator.objects.replica_files import DENIED, POLICY, QUOTAS
 from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.spec import HatDeployment
@@ -61,17 +62,17 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     args += [] if cloud.resume_ttl_s is None else ["--resume-ttl", str(cloud.resume_ttl_s)]
     args += ["--device", "cuda" if cloud.gpus else "cpu"]
     proposes = adaptive(hat.spec.mode, hat.spec.chunking)
-    args += ["--policy-file", policy_map.FILE] if proposes else []
+    args += ["--policy-file", POLICY.path] if proposes else []
     limited = cloud.quotas is not None
-    args += ["--quotas", quota_map.FILE] if limited else []
+    args += ["--quotas", QUOTAS.path] if limited else []
     mutual = hat.spec.security.mutual
     if mutual:
         args += ["--tls", identity.FOLDER, "--admin-listen", f"0.0.0.0:{names.ADMIN_PORT}"]
-        args += ["--denied-file", denied_map.FILE]
+        args += ["--denied-file", DENIED.path]
     args += ["--log-format", "json", "--log-level", hat.spec.log_level]
-    mounts = [*files.mounts, *([policy_map.mount()] if proposes else [])]
-    mounts += [quota_map.mount()] if limited else []
-    mounts += [identity.mount(), denied_map.mount()] if mutual else []
+    mounts = [*files.mounts, *([POLICY.mount()] if proposes else [])]
+    mounts += [QUOTAS.mount()] if limited else []
+    mounts += [identity.mount(), DENIED.mount()] if mutual else []
     main = pods.container(
         "cloud",
         image,
@@ -87,12 +88,12 @@ def _pod(hat: HatDeployment, settings: Settings) -> dict[str, Any]:
     if mutual:
         main["ports"].append({"name": names.ADMIN, "containerPort": names.ADMIN_PORT, "protocol": "TCP"})
     main.update(pods.life())
-    volumes = [policy_map.volume(hat)] if proposes else []
-    volumes += [quota_map.volume(hat)] if limited else []
+    volumes = [POLICY.volume(hat)] if proposes else []
+    volumes += [QUOTAS.volume(hat)] if limited else []
     if mutual:
         own = str(who.cloud(hat, settings))
         files.init.insert(0, identity.sidecar(hat, names.CLOUD, image, own))
-        volumes += [*identity.volumes(), denied_map.volume(hat)]
+        volumes += [*identity.volumes(), DENIED.volume(hat)]
     spec = pods.pod_spec(hat, names.cloud(hat), main, files, volumes, cloud.template)
     if cloud.template.node_selector:
         spec["nodeSelector"] = dict(cloud.template.node_selector)

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from hat_operator import slow_loop
 from hat_operator.admin import Doors
-from hat_operator.objects.policy_map import config_map
+from hat_operator.objects.replica_files import POLICY
 from hat_operator.policy import Choice
 from hat_operator.policy_news import EVERY_S, NAMED, News
 from hat_operator.settings import Settings
@@ -74,7 +74,9 @@ class Scene:
         found = body(chunking={"mode": "balance", **spec}, observability={"prometheusUrl": self.prometheus})
         hat = HatDeployment.parse(found)
         self.telemetry.follow(hat)
-        return self.loop.stored(found, hat, None if live is None else config_map(hat, live))
+        return self.loop.stored(
+            found, hat, None if live is None else POLICY.config_map(hat, {POLICY.key: live})
+        )
 
     async def round(self) -> None:
         await self.telemetry.ask_all(self.session)
