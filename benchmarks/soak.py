@@ -37,6 +37,8 @@ from tests.tiny_chat import make_tiny_chat_model
 
 NAME = "tiny"
 CLIENTS = 5
+ANSWER_S = 120.0
+"""Most that an answer takes."""
 """Of each device; it generates four answers at once."""
 LOOKS = 10
 """Times that traffic is halted to look for growth; the first is after a tenth of the time."""
@@ -126,7 +128,7 @@ async def soak(seconds: float, folder: Path, seed: int = 1, looks: int = LOOKS) 
 
 async def _clients(stack: AsyncExitStack, site: Site, exam: Exam, tally: Tally, seed: int) -> list[Client]:
     assert site.device is not None
-    http = httpx.AsyncClient(base_url=site.device.url, timeout=120)
+    http = httpx.AsyncClient(base_url=site.device.url, timeout=ANSWER_S)
     await stack.enter_async_context(http)
     clients = [Client(http, exam, seed + number, tally) for number in range(CLIENTS)]
     tasks = [asyncio.create_task(client.run()) for client in clients]
@@ -143,7 +145,7 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
 async def _traffic(
     clients: Sequence[Client], sites: Sequence[Site], seconds: float, rng: random.Random
 ) -> None:
-    """Open the gates for so long, with faults; requests under way at the end may take their time."""
+    """Open the gates for so long, with faults, and wait for the requests that are under way at the end."""
     for client in clients:
         client.open.set()
     loop = asyncio.get_running_loop()
@@ -153,6 +155,8 @@ async def _traffic(
         await rng.choice(sites).harm(rng)
     for client in clients:
         client.open.clear()
+    for client in clients:
+        await asyncio.wait_for(client.resting.wait(), ANSWER_S)
 
 
 def markdown(outcome: Outcome) -> str:

@@ -92,7 +92,8 @@ class Site:
             generator.conversations.clear()
             await generator.model.call(lambda: None)
             await self.cloud.engine.idle()
-            if self.used == 0 and not generator.link.sessions:
+            running = self.device.metrics.registry.get_sample_value("hat_num_sessions_running")
+            if self.used == 0 and not generator.link.sessions and not running:
                 await generator.model.call(lambda: ours.check([]))
                 return
             await asyncio.sleep(0.05)

@@ -43,12 +43,16 @@ class Client:
     def __init__(self, http: httpx.AsyncClient, exam: Exam, seed: int, tally: Tally) -> None:
         self.http, self.exam, self.tally = http, exam, tally
         self.open = asyncio.Event()
+        self.resting = asyncio.Event()
+        """No request of this client is under way."""
         self._rng = random.Random(seed)
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            self.resting.set()
             await self.open.wait()
+            self.resting.clear()
             question = self._rng.choice(self.exam.questions)
             most = self._rng.choice([1, 5, 20, LONGEST])
             ask = self._rng.choice([self._whole, self._stream, self._stream, self._cancel])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,17 @@ async def open_session(stub: rpc.RuntimeStub, cloud: RunningCloud, **fields: Any
     message = await session.call.read()
     assert message.WhichOneof("message") == "opened", message
     return session
+
+
+async def all_pages_back(cloud: RunningCloud) -> None:
+    """Streams end on both sides at slightly different times: wait, then everything must be free."""
+    cache = cloud.engine.runner.cache
+    for _ in range(250):
+        await cloud.engine.idle()
+        if cache.free_pages == cache.num_pages:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{cache.num_pages - cache.free_pages} pages leaked")
 
 
 @dataclass

@@ -19,7 +19,15 @@ from hat_runtime.cloud.scheduler import SchedulerConfig
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.model.manifest import identity
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from tests.runtime.raw_client import LocalSplit, RawSession, channel_to, open_session, opening, states
+from tests.runtime.raw_client import (
+    LocalSplit,
+    RawSession,
+    all_pages_back,
+    channel_to,
+    open_session,
+    opening,
+    states,
+)
 
 INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
 TEXT = torch.randint(3, 199, (90,), generator=torch.Generator().manual_seed(5))
@@ -40,17 +48,6 @@ async def cloud(tiny_llama: Path) -> AsyncIterator[RunningCloud]:
     async with running_cloud(config(tiny_llama)) as running:
         yield running
         await all_pages_back(running)
-
-
-async def all_pages_back(cloud: RunningCloud) -> None:
-    """Streams end on both sides at slightly different times: wait, then everything must be free."""
-    cache = cloud.engine.runner.cache
-    for _ in range(100):
-        await cloud.engine.idle()
-        if cache.free_pages == cache.num_pages:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"{cache.num_pages - cache.free_pages} pages leaked")
 
 
 async def test_wants_chunks_and_rollbacks_give_the_exact_deep_states(

@@ -15,7 +15,7 @@ from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from tests.fuzz.frames import Nonsense, TokenNonsense
 from tests.fuzz.watch import Watch
 from tests.runtime.picospec_pair import Whole
-from tests.runtime.raw_client import LocalSplit, RawSession, channel_to, open_session, states
+from tests.runtime.raw_client import LocalSplit, RawSession, all_pages_back, channel_to, open_session, states
 from tests.runtime.test_picospec_protocol import PROMPT, first, step
 
 TEXT = torch.randint(3, 199, (60,), generator=torch.Generator().manual_seed(8))
@@ -82,15 +82,6 @@ async def bombard(cloud: RunningCloud, nonsense: Nonsense, check: Check, watch: 
     watch.end()
 
 
-async def all_free(cloud: RunningCloud) -> None:
-    for _ in range(100):
-        await cloud.engine.idle()
-        if cloud.engine.runner.cache.free_pages == PAGES:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("pages leaked")
-
-
 def config(model: Path, **fields: object) -> CloudConfig:
     common = {"dtype": "float32", "kv_pages": PAGES, "page_tokens": 4, "drain_s": 0.1, "max_sessions": 16}
     return CloudConfig(model, **(common | fields))  # type: ignore[arg-type]
@@ -112,7 +103,7 @@ async def bombard_hat(model: Path, watch: Watch) -> None:
         await bombard(cloud, Nonsense(watch.seed, cloud), right, watch)
         await canary.call.done_writing()
         await canary.end()
-        await all_free(cloud)
+        await all_pages_back(cloud)
 
 
 async def bombard_tokens(model: Path, watch: Watch) -> None:
@@ -130,7 +121,7 @@ async def bombard_tokens(model: Path, watch: Watch) -> None:
         await bombard(cloud, TokenNonsense(watch.seed, cloud, 199), right, watch)
         await canary.call.done_writing()
         await canary.end()
-        await all_free(cloud)
+        await all_pages_back(cloud)
 
 
 async def test_fuzz_a_thousand_messages(tiny_llama: Path) -> None:

@@ -21,7 +21,7 @@ from hat_runtime.proto.hat.v1 import runtime_pb2_grpc as rpc
 from hat_runtime.security.folder import TlsFolder
 from hat_runtime.security.spiffe import DEVICE
 from tests.certificates import Site
-from tests.runtime.raw_client import RawSession, channel_to, open_session, opening
+from tests.runtime.raw_client import RawSession, all_pages_back, channel_to, open_session, opening
 from tests.runtime.secured import admin, channel_as, secured_cloud
 
 ROWS = torch.randn(20, 64, generator=torch.Generator().manual_seed(3)) * 0.1
@@ -42,8 +42,7 @@ async def cloud_with(
     async with running_cloud(config) as cloud, channel_to(cloud) as stub:
         yield cloud, stub
         await until(cloud, "hat_num_sessions_open", 0)
-        await cloud.engine.idle()
-        assert cloud.engine.runner.cache.free_pages == cloud.engine.runner.cache.num_pages
+        await all_pages_back(cloud)
 
 
 async def opened(stub: rpc.RuntimeStub, cloud: RunningCloud, **fields: Any) -> tuple[RawSession, str]:

@@ -18,8 +18,7 @@ from hat_runtime.device.token_connect import connect_tokens
 from hat_runtime.errors import HandshakeError, UsageError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from tests.runtime.picospec_pair import Whole, picospec
-from tests.runtime.raw_client import RawSession, channel_to, open_session
-from tests.runtime.test_cloud_protocol import all_pages_back
+from tests.runtime.raw_client import RawSession, all_pages_back, channel_to, open_session
 from tests.tiny_chat import make_tiny_chat_model
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

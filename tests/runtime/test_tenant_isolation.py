@@ -14,7 +14,7 @@ import tests.benchmark_modules
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.model.pages import KvCache, PagedSequence
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
-from tests.runtime.raw_client import RawSession, channel_to, open_session
+from tests.runtime.raw_client import RawSession, all_pages_back, channel_to, open_session
 
 assert tests.benchmark_modules
 from shared_prefixes import CountingRunner, SharingRunner, auc  # noqa: E402
@@ -85,8 +85,7 @@ async def test_every_page_is_empty_when_it_is_given_to_a_session(tiny_llama: Pat
         await traffic(cloud)
         assert watch.reused > 50
         assert watch.dirty == []
-        await cloud.engine.idle()
-        assert cache.free_pages == cache.num_pages
+        await all_pages_back(cloud)
         assert not cache.keys.any()
         assert not cache.values.any()
 
