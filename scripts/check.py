@@ -42,6 +42,9 @@ TOOLS = (
     *("prometheus", "promtool"),
 )
 
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+"""Most of these tests wait for a timer, a link or another process: one for each core, while memory lasts."""
+
 CHECKS = (
     # Elsewhere the tests that need them build them, or skip.
     *([Check("tools", (PYTHON, "-m", "tests.harness.binaries", *TOOLS), limit_s=2100)] if IN_CI else []),
@@ -51,7 +54,10 @@ CHECKS = (
     Check("types", (str(BIN / "mypy"),), limit_s=600),
     Check("unit", (PYTHON, "-m", "pytest", "tests/unit", "-m", "not long"), limit_s=600, is_pytest=True),
     Check(
-        "runtime", (PYTHON, "-m", "pytest", "tests/runtime", "-m", "not long"), limit_s=2100, is_pytest=True
+        "runtime",
+        (PYTHON, "-m", "pytest", "tests/runtime", "-m", "not long", *PARALLEL),
+        limit_s=2100,
+        is_pytest=True,
     ),
     Check(  # outside CI it builds a Kubernetes control plane on first use
         "operator",

@@ -13,7 +13,8 @@ import grpc
 from hat_runtime.cloud.assembly import ProtocolError
 from hat_runtime.cloud.documents import DocumentStore
 from hat_runtime.cloud.peer import Peer
-from hat_runtime.security.denied import MAX_BYTES, DeniedError, DenyList, parse
+from hat_runtime.json_document import MAX_BYTES
+from hat_runtime.security.denied import DeniedError, DenyList, parse
 from hat_runtime.security.folder import TlsFolder
 from hat_runtime.security.spiffe import CLOUD, DEVICE, SpiffeId
 

@@ -6,6 +6,8 @@ fewer sessions goes first, and it is shared: who has many places in it gives one
 
 A session has its place until it ends, also while it has no stream: a resume needs none, so it cannot be refused in
 favour of a newcomer, and cannot exceed a limit.
+
+A tenant that was refused for want of places has a claim to the next one, before tenants that have more.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -23,7 +25,8 @@ from hat_runtime.cloud.load import Load
 from hat_runtime.cloud.metrics import CloudMetrics
 from hat_runtime.cloud.peer import Peer
 from hat_runtime.cloud.session import Failed, Session
-from hat_runtime.control.overload import Stays, Talking, too_slow_s
+from hat_runtime.control.claims import Claims
+from hat_runtime.control.overload import Stays, Talking, step_s, too_slow_s
 from hat_runtime.control.pass_cost import PassCost
 from hat_runtime.control.quotas import Quotas, Scope
 
@@ -43,7 +46,7 @@ class AdmissionConfig:
     max_waiting: int = 0
     """Opens that may wait for a place; 0: they are refused at once."""
     tbt_target_s: float | None = None
-    """Nobody is let in who would make a decoding Step take longer; None: no bound."""
+    """Nobody is let in who would make slow Steps of answers take longer; None: no bound."""
 
 
 @dataclass(eq=False)
@@ -81,6 +84,8 @@ class _Obstacle:
     text: str
     places: int
     """Those that one could get free of."""
+    shared: bool = False
+    """Among tenants: a limit of the cloud, not of this tenant or device."""
 
 
 @dataclass
@@ -97,6 +102,7 @@ class Admission:
     _places: list[Place] = field(default_factory=list)
     _line: list[_Waiting] = field(default_factory=list)
     _stays: Stays = field(default_factory=Stays)
+    _claims: Claims = field(default_factory=Claims)
     _timer: asyncio.TimerHandle | None = None
 
     async def admit(self, peer: Peer, end: Callable[[Failed], None], deadline_s: float) -> Place:
@@ -118,6 +124,8 @@ class Admission:
         if obstacle is None:
             return place
         refusal = self._refusal(obstacle)
+        if obstacle.shared:
+            self._claims.refused(peer.tenant, now, refusal.retry_after_s or 0.0)
         wait_s = self._stays.wait_s(obstacle.places, len(self._line)) or 0.0
         if deadline_s <= 0 or obstacle.places < 1 or wait_s > deadline_s or not self._room_in_line(peer):
             raise self._counted(refusal, obstacle.reason)
@@ -167,54 +175,78 @@ class Admission:
                 waiting.granted.set_exception(ProtocolError(reason, grpc.StatusCode.UNAVAILABLE, 1.0))
         self._line.clear()
 
+    def saw_step(self, rows: int, seconds: float) -> None:
+        """A Step of an answer, the only one of its session, was answered, in so many seconds."""
+        if self.config.tbt_target_s is not None:
+            talking = self._talking()
+            self.load.saw_step(rows, seconds, step_s(self.cost(), talking, talking.sessions))
+
     def _enter(self, place: Place) -> _Obstacle | None:
         """Take a place, if need be that of an idle session; or why not."""
-        now, places, peer = self.clock(), list(self._places), place.peer
-        talking = [one for one in places if not self._is_idle(one, now)]
-        if (slow := self._too_slow(talking)) is not None:
-            return slow
-        bounds: list[tuple[str, str, int, list[Place]]] = []
+        now, peer = self.clock(), place.peer
+        ended: list[Place] = []
         for scope, limits in self.quotas().scopes(peer.tenant, peer.device):
             if limits.sessions is not None:
-                kind = "tenant" if scope.device is None else "device"
-                text = f"{scope} has all sessions that its quota sessions={limits.sessions} gives"
-                mine = [one for one in places if _counts(scope, one.peer)]
-                bounds.append((f"{kind}_sessions", text, limits.sessions, mine))
+                mine = [one for one in self._places if _counts(scope, one.peer)]
+                if not self._makes_room(mine, limits.sessions, ended, now):
+                    kind = "tenant" if scope.device is None else "device"
+                    text = f"{scope} has all sessions that its quota sessions={limits.sessions} gives"
+                    return _Obstacle(f"{kind}_sessions", text, limits.sessions)
+        kept = self._claims.ahead(peer.tenant, self._share, now)
+        if (slow := self._too_slow(kept)) is not None:
+            return slow
         most = self.config.max_sessions
-        bounds.append(("sessions", f"all {most} sessions are busy", most, places))
-        ended: list[Place] = []
-        for reason, text, bound, there in bounds:
-            left = [one for one in there if one not in ended]
-            if len(left) < bound:
-                continue
-            idle = [one for one in left if self._is_idle(one, now)]
-            if bound < 1 or len(left) - bound >= len(idle):
-                return _Obstacle(reason, text, bound)
-            ended += sorted(idle, key=_precedence)[: len(left) - bound + 1]
+        if not self._makes_room(self._places, most - kept, ended, now):
+            text = f"all {most} sessions are busy"
+            if kept:
+                text += f" or kept for {kept} other tenants, which have fewer and were refused before"
+            return _Obstacle("sessions", text, most, shared=True)
         for one in ended:
             self._places.remove(one)
             one.end(Failed(grpc.StatusCode.ABORTED, "ended while idle, to make room for others"))
         place.since = now
         self._places.append(place)
+        self._claims.served(peer.tenant)
         self._show()
         return None
 
-    def _too_slow(self, talking: list[Place]) -> _Obstacle | None:
+    def _makes_room(self, there: list[Place], bound: int, ended: list[Place], now: float) -> bool:
+        """Whether one more fits where `bound` may be, once the idle ones are gone that this adds to `ended`."""
+        left = [one for one in there if one not in ended]
+        if len(left) < bound:
+            return True
+        idle = [one for one in left if self._is_idle(one, now)]
+        if bound < 1 or len(left) - bound >= len(idle):
+            return False
+        ended += sorted(idle, key=_precedence)[: len(left) - bound + 1]
+        return True
+
+    def _share(self, tenant: str) -> float:
+        """What a tenant would have with one session more, by its weight."""
+        held = sum(one.peer.tenant == tenant for one in self._places)
+        return (held + 1) / self.quotas().tenant(tenant).weight
+
+    def _talking(self) -> Talking:
+        now = self.clock()
+        talking = [one for one in self._places if not self._is_idle(one, now)]
+        texts = [one.session.committed for one in talking if one.session is not None]
+        tokens = sum(texts) / len(texts) if texts else 0.0
+        return Talking(len(talking), self.load.rows, tokens)
+
+    def _too_slow(self, kept: int) -> _Obstacle | None:
         target_s = self.config.tbt_target_s
         if target_s is None:
             return None
-        texts = [one.session.committed for one in talking if one.session is not None]
-        now = Talking(
-            len(talking), self.load.rows, sum(texts) / len(texts) if texts else 0.0, self.load.step_s()
-        )
-        slow_s = too_slow_s(self.cost(), now, target_s)
+        talking = replace(self._talking(), slow_step_s=self.load.slow_step_s(), stretch=self.load.stretch())
+        slow_s = too_slow_s(self.cost(), talking, target_s, kept)
         if slow_s is None:
             return None
+        others = f", {kept} places are kept for tenants that were refused before" if kept else ""
         text = (
-            f"{len(talking)} sessions talk, and with one more their Steps would take {slow_s * 1e3:.0f} ms, "
-            f"beyond the target of {target_s * 1e3:.0f} ms (--tbt-target-ms)"
+            f"{talking.sessions} sessions talk{others}, and with one more slow Steps would take "
+            f"{slow_s * 1e3:.0f} ms, beyond the target of {target_s * 1e3:.0f} ms (--tbt-target-ms)"
         )
-        return _Obstacle("tbt_target", text, len(talking))
+        return _Obstacle("tbt_target", text, max(1, talking.sessions), shared=True)
 
     def _refusal(self, obstacle: _Obstacle) -> ProtocolError:
         retry_s = self._stays.retry_s(obstacle.places, len(self._line))

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from hat_runtime.cloud.documents import DocumentStore
-from hat_runtime.control.published import MAX_BYTES, PolicyError, PublishedPolicy, parse
+from hat_runtime.control.published import PolicyError, PublishedPolicy, parse
+from hat_runtime.json_document import MAX_BYTES
 
 log = logging.getLogger(__name__)
 

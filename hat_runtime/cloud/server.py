@@ -308,7 +308,7 @@ class RuntimeService:
         if isinstance(event, StepDone):
             work = event.work
             if work.decodes and not event.stale and stream.alone:
-                self._load.saw_step(work.n + len(work.alternatives), work.waited_s + work.compute_s)
+                self._admission.saw_step(work.n + len(work.alternatives), work.waited_s + work.compute_s)
             if work.want is Want.ALL and not event.stale:
                 company = max(0, work.batch_tokens - work.n - len(work.alternatives))
                 self._load.observe(work.waited_s if stream.alone else None, company)

@@ -21,8 +21,10 @@ class Talking:
     """Of a Step that decodes."""
     tokens: float
     """Of a text."""
-    step_s: float
-    """What such a Step takes from its arrival to its answer, as seen lately; 0: not known."""
+    slow_step_s: float = 0.0
+    """What slow Steps take from their arrival to their answer, as seen lately; 0: not known."""
+    stretch: float = 1.0
+    """The same in Steps of the model, with those that talked then; 1: not known."""
 
 
 def step_s(cost: PassCost | None, talking: Talking, sessions: int) -> float:
@@ -35,15 +37,23 @@ def step_s(cost: PassCost | None, talking: Talking, sessions: int) -> float:
     return cost.fixed_s + sessions * of_one
 
 
-def too_slow_s(cost: PassCost | None, talking: Talking, target_s: float) -> float | None:
-    """How long a Step would take with one session more, in seconds, if that is beyond the target; else None.
+def too_slow_s(cost: PassCost | None, talking: Talking, target_s: float, kept: int = 0) -> float | None:
+    """How long slow Steps would take with one session more, in seconds, if that is beyond the target; else None.
 
-    What the model does not know of, prompts and other work on the machine, is in what was seen: while that is beyond
-    the target nobody is let in either. Where nobody talks, one may.
+    The model tells what one more costs, for any number of sessions; what it does not know of, prompts and other work on
+    the machine, is in how far slow Steps were beyond it. Where nobody talks, one may.
+
+    Args:
+        cost: of a pass; None: not known, then what was seen counts alone.
+        talking: the sessions now.
+        target_s: what slow Steps may take.
+        kept: places for others that will come.
     """
-    if talking.sessions < 1:
+    if talking.sessions + kept < 1:
         return None
-    expected_s = max(step_s(cost, talking, talking.sessions + 1), talking.step_s)
+    expected_s = step_s(cost, talking, talking.sessions + kept + 1) * max(1.0, talking.stretch)
+    if cost is None:
+        expected_s = talking.slow_step_s
     return expected_s if expected_s > target_s else None
 
 

@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hat_runtime.errors import MOST_SHOWN, FieldError
+from hat_runtime.errors import FieldError
+from hat_runtime.json_document import MAX_VERSION, as_integer, as_object, read_object
 from hat_runtime.log import sane_device_name
 
-MAX_BYTES = 1 << 20
-"""Longest JSON text; a ConfigMap holds no more either."""
 MAX_DEVICES = 4096
 MAX_TOKENS = 1 << 16
-MAX_VERSION = 2**53 - 1
-"""What JSON's numbers hold exactly, whoever reads them."""
 
 
 class PolicyError(FieldError):
@@ -62,16 +59,8 @@ def parse(text: bytes | str) -> PublishedPolicy:
     Raises:
         PolicyError: names the field and echoes its value; the first that is wrong.
     """
-    if len(text) > MAX_BYTES:
-        raise PolicyError("policy", f"{len(text)} bytes", f"must be at most {MAX_BYTES} bytes")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        begin = text[:MOST_SHOWN]
-        shown = begin.decode(errors="replace") if isinstance(begin, bytes) else begin
-        raise PolicyError("policy", shown, f"must be JSON: {error}") from None
-    root = _object(content, "policy")
-    devices = _object(root.get("devices", {}), "devices")
+    root = read_object(text, "policy", PolicyError)
+    devices = as_object(root.get("devices", {}), "devices", PolicyError)
     if len(devices) > MAX_DEVICES:
         raise PolicyError("devices", f"{len(devices)} devices", f"must be at most {MAX_DEVICES}")
     for name in devices:
@@ -80,27 +69,18 @@ def parse(text: bytes | str) -> PublishedPolicy:
             raise PolicyError("devices", name, reason)
     default = root.get("default")
     return PublishedPolicy(
-        version=_number(root, "version", "version", 0, MAX_VERSION),
+        version=as_integer(root.get("version"), "version", 0, MAX_VERSION, PolicyError),
         devices={name: _proposal(item, f"devices.{name}") for name, item in devices.items()},
         default=None if default is None else _proposal(default, "default"),
     )
 
 
 def _proposal(value: object, path: str) -> Proposal:
-    found = _object(value, path)
-    least = _number(found, "min_tokens", f"{path}.min_tokens", 1, MAX_TOKENS)
-    most = _number(found, "max_tokens", f"{path}.max_tokens", least, MAX_TOKENS)
-    return Proposal(_number(found, "chunk_tokens", f"{path}.chunk_tokens", least, most), least, most)
+    found = as_object(value, path, PolicyError)
 
+    def number(key: str, least: int, most: int) -> int:
+        return as_integer(found.get(key), f"{path}.{key}", least, most, PolicyError)
 
-def _object(value: object, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise PolicyError(path, value, "must be an object")
-    return value
-
-
-def _number(found: Mapping[str, Any], key: str, path: str, least: int, most: int) -> int:
-    value = found.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise PolicyError(path, value, f"must be an integer from {least} to {most}")
-    return value
+    least = number("min_tokens", 1, MAX_TOKENS)
+    most = number("max_tokens", least, MAX_TOKENS)
+    return Proposal(number("chunk_tokens", least, most), least, most)

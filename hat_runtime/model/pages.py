@@ -43,7 +43,7 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate the whole pool, zeroed.
+        """Allocate the whole pool, zeroed: now, so that a machine with too little memory fails here and not at night.
 
         Raises:
             ValueError: num_pages or page_tokens is not positive.
@@ -53,8 +53,9 @@ class KvCache:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         shape = (layers, num_pages * page_tokens, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # torch.zeros takes memory that the system only promises, page by page as it is used.
+        self.keys = torch.empty(shape, dtype=dtype, device=device).zero_()
+        self.values = torch.empty(shape, dtype=dtype, device=device).zero_()
         self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
         """(keys, values) of each layer."""
         self._free: deque[int] = deque(range(num_pages))

@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hat_runtime.errors import MOST_SHOWN, FieldError
+from hat_runtime.errors import FieldError
+from hat_runtime.json_document import MAX_VERSION, as_integer, read_object
 from hat_runtime.security.spiffe import IdentityError, SpiffeId
 
-MAX_BYTES = 1 << 20
-"""Longest JSON text."""
 MAX_ENTRIES = 10_000
-MAX_VERSION = 2**53 - 1
-"""What JSON's numbers hold exactly, whoever reads them."""
 _SERIAL = re.compile(r"[0-9a-f]{1,40}")  # RFC 5280: at most 20 bytes
 
 
@@ -48,19 +45,8 @@ def parse(text: bytes | str) -> DenyList:
     Raises:
         DeniedError: names the field and echoes its value; the first that is wrong.
     """
-    if len(text) > MAX_BYTES:
-        raise DeniedError("denied", f"{len(text)} bytes", f"must be at most {MAX_BYTES} bytes")
-    try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        begin = text[:MOST_SHOWN]
-        shown = begin.decode(errors="replace") if isinstance(begin, bytes) else begin
-        raise DeniedError("denied", shown, f"must be JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DeniedError("denied", content, "must be an object with version and denied")
-    version = content.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= MAX_VERSION:
-        raise DeniedError("version", version, f"must be an integer from 0 to {MAX_VERSION}")
+    content = read_object(text, "denied", DeniedError)
+    version = as_integer(content.get("version"), "version", 0, MAX_VERSION, DeniedError)
     entries = content.get("denied")
     if not isinstance(entries, list):
         raise DeniedError("denied", entries, "must be a list")

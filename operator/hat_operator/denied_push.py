@@ -19,7 +19,8 @@ from hat_operator.cluster import Cluster, ClusterError
 from hat_operator.identity.authority import AuthorityError
 from hat_operator.kinds import POD
 from hat_runtime.errors import UsageError
-from hat_runtime.security.denied import MAX_BYTES, DenyList, parse
+from hat_runtime.json_document import MAX_BYTES
+from hat_runtime.security.denied import DenyList, parse
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]

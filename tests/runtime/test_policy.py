@@ -13,11 +13,11 @@ import torch
 
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.control.chunk_policy import FALLBACK
-from hat_runtime.control.published import MAX_BYTES
 from hat_runtime.device.connect import connect
 from hat_runtime.device.drafting.factory import NONE
 from hat_runtime.device.generator import GeneratorConfig
 from hat_runtime.device.request import GenerationRequest
+from hat_runtime.json_document import MAX_BYTES
 from tests.runtime.raw_client import LocalSplit, channel_to, open_session
 
 

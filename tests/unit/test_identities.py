@@ -10,7 +10,8 @@ import pytest
 from hat_runtime.cloud.access import Denied
 from hat_runtime.cloud.documents import OlderDocument
 from hat_runtime.errors import UsageError
-from hat_runtime.security.denied import MAX_BYTES, MAX_ENTRIES, DeniedError, DenyList, parse
+from hat_runtime.json_document import MAX_BYTES
+from hat_runtime.security.denied import MAX_ENTRIES, DeniedError, DenyList, parse
 from hat_runtime.security.exposure import check_dialled, check_exposed, is_loopback
 from hat_runtime.security.spiffe import CLOUD, DEVICE, IdentityError, SpiffeId
 

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from hat_runtime.cloud.documents import OlderDocument
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.control.published import (
-    MAX_BYTES,
     MAX_DEVICES,
     MAX_TOKENS,
-    MAX_VERSION,
     PolicyError,
     Proposal,
     PublishedPolicy,
     parse,
 )
+from hat_runtime.json_document import MAX_BYTES, MAX_VERSION
 
 proposals = st.lists(st.integers(1, MAX_TOKENS), min_size=3, max_size=3).map(
     lambda found: Proposal(sorted(found)[1], sorted(found)[0], sorted(found)[2])
