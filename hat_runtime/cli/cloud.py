@@ -85,8 +85,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--tbt-target-ms",
         default="none",
         metavar="MS",
-        help="let no session in that would make a decoding Step take longer than this in the cloud. none: only "
-        "--max-sessions counts (default %(default)s)",
+        help="let no session in with which one in twenty decoding Steps would take longer than this in the cloud. "
+        "none: only --max-sessions counts (default %(default)s)",
     )
     serve.add_argument(
         "--quotas",

@@ -196,7 +196,7 @@ class Admission:
         if (slow := self._too_slow(kept)) is not None:
             return slow
         most = self.config.max_sessions
-        if not self._makes_room(self._places, most - kept, ended, now):
+        if not self._makes_room(self._places, most, ended, now, kept):
             text = f"all {most} sessions are busy"
             if kept:
                 text += f" or kept for {kept} other tenants, which have fewer and were refused before"
@@ -210,15 +210,17 @@ class Admission:
         self._show()
         return None
 
-    def _makes_room(self, there: list[Place], bound: int, ended: list[Place], now: float) -> bool:
-        """Whether one more fits where `bound` may be, once the idle ones are gone that this adds to `ended`."""
+    def _makes_room(
+        self, there: list[Place], bound: int, ended: list[Place], now: float, kept: int = 0
+    ) -> bool:
+        """Whether one more fits where `bound` may be, `kept` of them others, once the idle ones are gone that this adds
+        to `ended`."""
         left = [one for one in there if one not in ended]
-        if len(left) < bound:
-            return True
         idle = [one for one in left if self._is_idle(one, now)]
-        if bound < 1 or len(left) - bound >= len(idle):
+        free = bound - len(left)
+        if free + len(idle) <= kept:
             return False
-        ended += sorted(idle, key=_precedence)[: len(left) - bound + 1]
+        ended += sorted(idle, key=_precedence)[: max(0, 1 - free)]
         return True
 
     def _share(self, tenant: str) -> float:

@@ -340,3 +340,29 @@ async def test_nobody_is_let_in_who_would_slow_others_down(tiny_llama: Path) -> 
         await closed(cloud, first)
         second = await open_session(stub, cloud)
         await closed(cloud, second)
+
+
+async def test_a_tenant_that_was_refused_gets_the_next_place_before_one_that_has_more(tiny_llama: Path) -> None:
+    async with cloud_with(tiny_llama, max_sessions=2) as (cloud, stub):
+        greedy = [await open_session(stub, cloud, tenant="greedy") for _ in range(2)]
+        text, _ = await refused(stub, cloud, tenant="modest")
+        assert "all 2 sessions are busy; try again" in text
+        await closed_one(greedy[0])
+        text, _ = await refused(stub, cloud, tenant="greedy")
+        assert "all 2 sessions are busy or kept for 1 other tenants" in text
+        modest = await open_session(stub, cloud, tenant="modest")
+        await closed_one(greedy[1])
+        again = await open_session(stub, cloud, tenant="greedy")  # the claim is gone
+        await closed(cloud, modest, again)
+
+
+async def test_a_kept_place_is_also_one_that_meets_the_target(tiny_llama: Path) -> None:
+    async with cloud_with(tiny_llama, tbt_target_s=1e-6) as (cloud, stub):
+        first = await open_session(stub, cloud, tenant="greedy")
+        await decode(first, 0, 3)
+        await refused(stub, cloud, tenant="modest")
+        await closed(cloud, first)
+        text, _ = await refused(stub, cloud, tenant="greedy")
+        assert "0 sessions talk, 1 places are kept for tenants that were refused before" in text
+        modest = await open_session(stub, cloud, tenant="modest")
+        await closed(cloud, modest)
