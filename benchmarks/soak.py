@@ -201,8 +201,9 @@ Two devices with their clouds, one in each mode, under traffic without a pause: 
 that go away, at four temperatures. Links stall, break and turn slow, and clouds are ended and started again, at random.
 Every answer is compared with that of transformers' whole model; of one that is cut, what came before the error.
 "exact" is the whole answer, "cut with an error" one that a fault ended, "refused" one that never began (429, 503).
-Devices, clouds and clients share a process, whose growth is looked for ten times, without traffic: RSS includes the
-models and torch.
+Devices, clouds and clients share a process, whose growth is looked for ten times, without traffic. RSS is what is left
+once free memory was given back (malloc_trim: each cloud that is started again in this process leaves some to glibc);
+it includes the models and torch.
 """
 
 

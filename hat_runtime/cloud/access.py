@@ -119,4 +119,7 @@ class Access:
         self.denied.on_change = end_refused
         while self.folder is not None:
             await asyncio.sleep(ENFORCE_S)
-            end_refused()
+            try:
+                end_refused()
+            except Exception:
+                log.exception("streams of certificates that ended could not be looked for; trying again")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -94,6 +95,8 @@ def operators_only(app: ASGIApp, access: Access) -> ASGIApp:
             certificate = client_certificate(scope)
             identity = identity_of(certificate)
             reason = access.why_not(identity, certificate.serial_number, OPERATOR)
+            if datetime.now(UTC) > certificate.not_valid_after_utc:  # TLS looked when the connection began
+                reason = f"the certificate ended at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
             shown = str(identity)
         except (ValueError, IdentityError) as error:
             reason, shown = str(error), ""

@@ -20,6 +20,9 @@ MOST_ALTERNATIVES = 8
 LONGEST_TEXT = 500
 """Characters of what a device is told about its mistake."""
 
+LAST_EPOCH = (1 << 32) - 2
+"""Of a Step: a cloud that refuses a draft begins the next one."""
+
 _WANTS = {pb.WANT_NONE: Want.NONE, pb.WANT_LAST: Want.LAST, pb.WANT_ALL: Want.ALL}
 
 
@@ -104,6 +107,8 @@ class StepAssembler:
     def _check_header(self, step: pb.Step) -> None:
         if step.want not in _WANTS:
             raise ProtocolError(f"Step.want={step.want} is none of NONE, LAST, ALL")
+        if step.epoch > LAST_EPOCH:
+            raise ProtocolError(f"Step.epoch={step.epoch} is more than {LAST_EPOCH}")
         if not 1 <= step.n <= self._limits.max_step_tokens:
             raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
         aside = step.alternatives

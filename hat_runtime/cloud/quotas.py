@@ -47,7 +47,8 @@ def read(path: Path, text: bytes | None = None) -> Quotas:
         raise UsageError(f"{where}: {error}") from None
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # Not YAMLErrors alone: a date such as 2026-11-31, `!!bool x` or a number of 5,000 digits.
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
@@ -112,6 +113,8 @@ class QuotaStore:
                 if str(error) != said:
                     log.error("%s; the limits stay as they are", error)
                 said = str(error)
+            except Exception:
+                log.exception("--quotas %s: the limits stay as they are", path)
             await asyncio.sleep(EVERY_S)
 
     def _take(self, quotas: Quotas) -> None:

@@ -41,6 +41,14 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Runtime"].full_name
 RETRY_METADATA = "grpc-retry-pushback-ms"  # gRPC's own name (gRFC A6)
 RETRY_OVERLOADED_S = 1.0
 GOING_AWAY = "this replica is going away"
+OPEN_S = 10.0
+"""Longest wait for the first message of a stream."""
+MOST_STREAMS = 64
+"""Of a connection, beyond the sessions that the cloud has."""
+MOST_CALLS = 4096
+"""Of all connections."""
+MOST_PADDED = 8
+"""Replies with padding that may be on their way: what measures a link asks for one after another."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -76,6 +84,7 @@ class RuntimeService:
         self._lost = LostSessions(self._free, ttl_s=resume_ttl_s)
         self._draining = False
         self._broken: str | None = None
+        self._padded = 0
         metrics.show_load(self._load.figures, lambda: engine.prompt_rows)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -149,6 +158,8 @@ class RuntimeService:
             text = f"reply_padding_bytes={request.reply_padding_bytes} is more than {limit}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         assert request is not None
+        if request.reply_padding_bytes:
+            await self._count_padded(context)
         cache = self._engine.runner.cache
         return pb.DescribeReply(
             protocol_major=PROTOCOL[0],
@@ -163,6 +174,24 @@ class RuntimeService:
             vocab_size=self._served.vocab_size,
             tokenizer_id=self._served.tokenizer_id,
         )
+
+    async def _count_padded(self, context: Context) -> None:
+        """Refuse too many replies with padding: a peer that does not read them makes the cloud hold them."""
+        if self._padded >= MOST_PADDED:
+            text = f"{self._padded} replies with padding are on their way already; try again later"
+            pushback = ((RETRY_METADATA, str(round(RETRY_OVERLOADED_S * 1000))),)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text, pushback)
+        self._padded += 1
+
+        def sent(_: Any) -> None:
+            self._padded -= 1
+
+        context.add_done_callback(sent)  # type: ignore[arg-type]  # the stubs want a class of their own
+
+    @property
+    def limits(self) -> pb.Limits:
+        """What devices are told."""
+        return self._served.limits
 
     async def session(
         self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context
@@ -206,7 +235,9 @@ class RuntimeService:
         """A session's stream has ended: keep the session where the device may come back, and free it otherwise."""
         session = place.session
         known = session is not None and session.id in self._sessions
-        lost = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK) and not stream.closed
+        lost = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK) and not (
+            stream.closed or stream.failed
+        )
         if known and lost and stream.resumable and not self._draining and self._broken is None:
             assert session is not None
             log.info("session %s lost its stream", session.id[:8])
@@ -233,7 +264,12 @@ class RuntimeService:
     async def _open(
         self, requests: AsyncIterator[pb.DeviceMessage | None], context: Context, stream: Stream
     ) -> Session:
-        message = await anext(aiter(requests), None)
+        try:
+            async with asyncio.timeout(OPEN_S):
+                message = await anext(aiter(requests), None)
+        except TimeoutError:
+            text = f"no Open came in {OPEN_S:g} s"
+            raise ProtocolError(text, grpc.StatusCode.DEADLINE_EXCEEDED) from None
         if message is None or message.WhichOneof("message") != "open":
             raise ProtocolError(
                 "the first message of a stream must be Open", grpc.StatusCode.FAILED_PRECONDITION
@@ -418,7 +454,9 @@ class RuntimeService:
 def make_server(service: RuntimeService) -> grpc.aio.Server:
     """A gRPC server with the runtime service and the limits that both sides agree on."""
     server = grpc.aio.server(
+        maximum_concurrent_rpcs=MOST_CALLS,
         options=(
+            ("grpc.max_concurrent_streams", service.limits.max_sessions + MOST_STREAMS),
             ("grpc.max_receive_message_length", frames.MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", frames.MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),  # a busy port must be an error
@@ -430,7 +468,7 @@ def make_server(service: RuntimeService) -> grpc.aio.Server:
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.max_ping_strikes", 0),
-        )
+        ),
     )
     server.add_generic_rpc_handlers((service.handler(),))
     return server

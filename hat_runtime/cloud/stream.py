@@ -39,6 +39,8 @@ class Stream:
         """The device has said Close."""
         self.fenced = False
         """Another stream has its session."""
+        self.failed = False
+        """The cloud has ended it, though its device may not have read that."""
         self._limits = limits
         self._writer = asyncio.current_task()
         self._parting: asyncio.TimerHandle | None = None
@@ -50,7 +52,9 @@ class Stream:
     def deliver(self, event: Event | pb.CloudMessage) -> None:
         """Queue what is to be written. A device that does not read even the end of its stream is left."""
         self.events.put_nowait(event)
-        if isinstance(event, Failed) and self._parting is None and self._writer is not None:
+        if isinstance(event, Failed):
+            self.failed = True
+        if self.failed and self._parting is None and self._writer is not None:
             self._parting = asyncio.get_running_loop().call_later(PARTING_S, self._writer.cancel)
 
     def fence(self) -> Place | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from hat_runtime.cloud.assembly import ProtocolError
+from hat_runtime.cloud.assembly import LAST_EPOCH, ProtocolError
 from hat_runtime.cloud.session import StepWork, Want
 from hat_runtime.cloud.tokens import Choosing, Decoded, Tokens, Verdict
 from hat_runtime.errors import UsageError
@@ -57,6 +57,8 @@ class TokenAssembler:
     def _check_counts(self, step: pb.Step, tokens: pb.TokenStep) -> None:
         if step.want not in _WANTS:
             raise ProtocolError(f"Step.want={step.want} is none of NONE, LAST")
+        if step.epoch > LAST_EPOCH:
+            raise ProtocolError(f"Step.epoch={step.epoch} is more than {LAST_EPOCH}")
         if not 1 <= step.n <= self._limits.max_step_tokens:
             raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
         if len(tokens.ids) != step.n:

@@ -60,9 +60,7 @@ class TokenEngine(Engine):
             position, token = work.position, tokens.ids[work.done]
             known = state.token_at(position)
             if work.done >= tokens.given:
-                if known is None and (state.tip is None or state.tip.position != position):
-                    text = f"Step.tokens.drafts={tokens.drafts}: the row before the draft at {position} was not kept"
-                    self._fail(session, Failed(grpc.StatusCode.INVALID_ARGUMENT, text))
+                if not self._can_judge(session, work):
                     return False
                 if not _stands(session, work, work.done):
                     self._refuse(session, work, work.done)
@@ -74,6 +72,17 @@ class TokenEngine(Engine):
                 return True
             work.done += 1
         self._finish(session, work)
+        return False
+
+    def _can_judge(self, session: Session, work: StepWork) -> bool:
+        """Whether the row is there that tells about the draft at hand; else its stream has failed."""
+        state, position = session.tokens, work.position
+        if state.token_at(position) is not None or (state.tip is not None and state.tip.position == position):
+            return True
+        text = (
+            f"Step.tokens.drafts={_tokens(work).drafts}: the row before the draft at {position} was not kept"
+        )
+        self._fail(session, Failed(grpc.StatusCode.INVALID_ARGUMENT, text))
         return False
 
     def _rows(self, planned: Planned) -> torch.Tensor:
@@ -103,6 +112,9 @@ class TokenEngine(Engine):
             work = piece.work
             work.compute_s += forward_s
             work.batch_tokens = tokens
+            # A Step that shares a pass with the one before it was not settled.
+            if not (work.done or _tokens(work).given or self._can_judge(session, work)):
+                return
             refused = self._judge(session, work, piece.last, logits)
             if refused is not None:
                 self._refuse(session, work, refused)

@@ -122,7 +122,12 @@ class ConversationStore:
                 continue
             conversation = self._remove(best[1])
             # A cancelled request may have left a Step under way; its Result settles what the cloud holds.
-            if await conversation.session.drained(_DRAIN_S) or conversation.session.may_resume:
+            try:
+                drained = await conversation.session.drained(_DRAIN_S)
+            except BaseException:  # this request is cancelled as well
+                self.put(conversation)
+                raise
+            if drained or conversation.session.may_resume:
                 start = common_prefix(prompt[:-1], conversation.tokens[: conversation.held])
                 conversation.continue_with(prompt, start)
                 return conversation, start

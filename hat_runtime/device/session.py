@@ -232,12 +232,14 @@ class CloudSession:
     def close(self, error: HatError | None = None) -> None:
         """End the session; the cloud frees what it held. Futures that wait get the error.
 
-        A stream that just ended would be one that was lost, so the cloud is told, and ends it. Nobody waits for that.
+        A stream that just ended would be one that was lost, so the cloud is told, and ends it. Nobody waits for that. A
+        resume that is not answered yet just ends: the session is there for the next one.
         """
         if self.error is not None:
             return
         self._closed = True
         told = self.link.cloud_minor >= CLOSE_SINCE or self.resume_s > 0
+        told = told and (self._resumes is None or self._opened.done())
         self._end_with(error or CloudUnavailable("the session was closed by this device"), parting=told)
         if not told:
             self._reader.cancel()

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from hat_runtime.errors import UsageError
@@ -137,9 +138,14 @@ class TlsFolder:
         _certificates(authorities, f"{where}: {CA_FILE}")
         try:
             private = serialization.load_pem_private_key(key, None)
+            same = private.public_key() == certificate.public_key()
+        except UnsupportedAlgorithm as error:
+            raise UsageError(
+                f"{where}: {KEY_FILE} or {CERTIFICATE_FILE} is of a kind that is not known"
+            ) from error
         except (ValueError, TypeError) as error:  # the error's text could hold a part of the file
             raise UsageError(f"{where}: {KEY_FILE} is no private key in PEM without a passphrase") from error
-        if private.public_key() != certificate.public_key():
+        if not same:
             raise UsageError(f"{where}: {KEY_FILE} is not the key of {CERTIFICATE_FILE}")
         try:
             identity = identity_of(certificate)

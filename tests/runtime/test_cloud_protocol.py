@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from hat_runtime.cloud import server as cloud_server
 from hat_runtime.cloud.engine import EngineConfig
 from hat_runtime.cloud.scheduler import SchedulerConfig
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.model.manifest import identity
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
+from hat_runtime.proto.hat.v1 import runtime_pb2_grpc as rpc
+from hat_runtime.wire import frames
 from tests.runtime.raw_client import (
     LocalSplit,
     RawSession,
@@ -477,3 +481,61 @@ async def test_describe_health_reflection_and_metrics(cloud: RunningCloud) -> No
     assert ready == "ready\n"
     assert "hat_kv_cache_usage_ratio 0.0" in metrics
     assert 'layers="2:6"' in metrics
+
+
+async def test_a_stream_that_says_nothing_ends(cloud: RunningCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its Open it counts for no limit."""
+    monkeypatch.setattr(cloud_server, "OPEN_S", 0.1)
+    async with channel_to(cloud) as stub:
+        silent = RawSession(stub.Session())
+        await silent.call.wait_for_connection()
+        code, text = await silent.end()
+        assert (code, text) == (grpc.StatusCode.DEADLINE_EXCEEDED, "no Open came in 0.1 s")
+
+
+async def test_padded_replies_that_nobody_reads_are_few(cloud: RunningCloud) -> None:
+    padded = pb.DescribeRequest(reply_padding_bytes=frames.MAX_FRAME_BYTES)
+    async with deaf_channel(cloud) as (stub, hears), channel_to(cloud) as other:
+        await stub.Describe(padded)
+        hears.clear()
+        calls = [asyncio.ensure_future(stub.Describe(padded)) for _ in range(40)]
+        with pytest.raises(grpc.aio.AioRpcError, match="replies with padding are on their way") as refusal:
+            await describe_for_ever(other, padded)
+        assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await other.Describe(pb.DescribeRequest())  # without padding it is answered
+        hears.set()
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        answered = sum(isinstance(reply, pb.DescribeReply) for reply in replies)
+        assert 1 <= answered <= 2 * cloud_server.MOST_PADDED
+        await other.Describe(padded)
+
+
+async def describe_for_ever(stub: rpc.RuntimeStub, request: pb.DescribeRequest) -> None:
+    while True:
+        await stub.Describe(request)
+
+
+@asynccontextmanager
+async def deaf_channel(cloud: RunningCloud) -> AsyncIterator[tuple[rpc.RuntimeStub, asyncio.Event]]:
+    """A channel that hears what comes from the cloud only while the event is set."""
+    hears = asyncio.Event()
+    hears.set()
+    host, _, port = cloud.address.rpartition(":")
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, down: bool) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                if down:
+                    await hears.wait()
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_cloud, to_cloud = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, to_cloud, False), pump(from_cloud, writer, True))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
+        own_port = server.sockets[0].getsockname()[1]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{own_port}") as channel:
+            yield rpc.RuntimeStub(channel), hears

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -381,3 +382,31 @@ async def test_another_model_is_refused_with_both_names(tiny_llama: Path, other_
 async def test_nobody_there(tiny_llama: Path) -> None:
     with pytest.raises(CloudUnavailable, match=r"127\.0\.0\.1:9 cannot be reached.*hat cloud serve"):
         await connect(tiny_llama, "127.0.0.1:9", "float32")
+
+
+async def test_a_request_that_is_cancelled_while_it_takes_over_a_conversation_leaves_it(
+    tiny_llama: Path,
+) -> None:
+    """Stop, ask again, stop again, all within one round: the fixture looks at what is left over."""
+    prompt = make_prompts(1, seed=5, low=80, high=90)[0]
+    async with device_and_cloud(tiny_llama) as (generator, cloud):
+        forward, held = cloud.engine._forward, threading.Event()
+
+        def slow(planned: Any) -> Any:
+            held.wait(10)
+            return forward(planned)
+
+        answer = generator.generate(ask(generator, prompt, 30))
+        async for _ in answer:
+            cloud.engine._forward = slow  # type: ignore[method-assign]
+            await asyncio.sleep(0.05)
+            break
+        await answer.aclose()
+        assert len(generator.conversations) == 1
+        again = asyncio.create_task(anext(generator.generate(ask(generator, prompt, 30))))
+        while len(generator.conversations):
+            await asyncio.sleep(0.01)
+        again.cancel()
+        await asyncio.wait((again,))
+        assert len(generator.conversations) == 1
+        held.set()

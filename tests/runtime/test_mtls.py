@@ -9,16 +9,20 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
+from cryptography.hazmat.primitives.serialization import Encoding
+from starlette.types import Message, Receive, Scope, Send
 
 from hat_runtime.cli.doctor import examine
 from hat_runtime.cli.main import main
+from hat_runtime.cloud.access import Access
+from hat_runtime.cloud.admin import operators_only
 from hat_runtime.cloud.peer import Peer
 from hat_runtime.cloud.serve import CloudConfig, RunningCloud, running_cloud
 from hat_runtime.device.link import CloudLink
@@ -26,7 +30,8 @@ from hat_runtime.device.refusals import DeviceForbidden
 from hat_runtime.errors import CloudUnavailable, HatError, UsageError
 from hat_runtime.proto.hat.v1 import runtime_pb2 as pb
 from hat_runtime.security.folder import TlsFolder
-from hat_runtime.security.spiffe import CLOUD, DEVICE, SpiffeId
+from hat_runtime.security.https import EXTENSION
+from hat_runtime.security.spiffe import CLOUD, DEVICE, OPERATOR, SpiffeId
 from hat_runtime.security.tls import server_credentials
 from tests.certificates import Site, expired, for_both_sides, of_tomorrow
 from tests.runtime.raw_client import LocalSplit, RawSession, open_session, opening
@@ -350,3 +355,33 @@ def test_without_tls_loopback_only(tmp_path: Path, capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
     assert main(["doctor", "--cloud", "127.0.0.1:9", "--tls", str(tmp_path)]) == 2
     assert f"--tls {tmp_path}: tls.crt cannot be read" in capsys.readouterr().err
+
+
+async def test_an_operator_s_certificate_ends_also_on_a_connection_that_stands(site: Site) -> None:
+    """TLS looks at dates only when a connection begins."""
+    reached, statuses = [], []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(scope["path"])
+
+    async def send(message: Message) -> None:
+        statuses.append(message.get("status"))
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    guard = operators_only(app, Access.of(site.cloud(), None))
+    issued, now = site.issue(OPERATOR, "op"), datetime.now(UTC)
+    for end, passes in ((now + timedelta(hours=1), True), (now - timedelta(minutes=1), False)):
+        certificate = site.authority.certify(
+            issued.identity, issued.key.public_key(), now - timedelta(hours=2), end
+        )
+        chain = [certificate.public_bytes(Encoding.PEM).decode()]
+        await guard(
+            {"type": "http", "path": "/v1/denied", "extensions": {EXTENSION: {"client_cert_chain": chain}}},
+            receive,
+            send,
+        )
+        assert (reached == ["/v1/denied"]) is passes
+        reached.clear()
+    assert 403 in statuses

@@ -316,3 +316,31 @@ async def test_top_k_tells_its_bound(tiny_llama: Path, other_llama: Path) -> Non
         drafted, accepted = value("hat_draft_tokens_total"), value("hat_accepted_tokens_total")
         assert (drafted, accepted) == (request.stats.draft_tokens, request.stats.accepted_tokens)
         assert 30 <= accepted + refused + 1 <= 31
+
+
+async def test_drafts_after_a_step_that_keeps_no_row_are_refused_also_in_the_same_pass(
+    cloud: RunningCloud,
+) -> None:
+    blocker = asyncio.Event()
+    cloud.engine._inbox.put(lambda: asyncio.run(_wait(blocker)))
+    async with channel_to(cloud) as stub:
+        session = await opened(stub, cloud)
+        await session.send(first(want=pb.WANT_NONE))
+        await session.send(step(len(PROMPT), [3, 4], 2))
+        await asyncio.sleep(0.1)  # both wait for the next pass
+        blocker.set()
+        code, text = await session.end()
+        assert code is INVALID
+        assert "the row before the draft at 6 was not kept" in text
+
+
+async def _wait(event: asyncio.Event) -> None:
+    while not event.is_set():
+        await asyncio.sleep(0.005)
+
+
+async def test_an_epoch_must_leave_one_to_the_cloud(cloud: RunningCloud) -> None:
+    async with channel_to(cloud) as stub:
+        session = await opened(stub, cloud)
+        await session.send(first(epoch=(1 << 32) - 1))
+        assert await session.end() == (INVALID, "Step.epoch=4294967295 is more than 4294967294")

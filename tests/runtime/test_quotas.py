@@ -146,6 +146,9 @@ async def test_limits_change_with_the_file_and_a_wrong_one_changes_nothing(
         while "tenant_default.sessions: 'many'" not in caplog.text:
             await asyncio.sleep(0.02)
         assert "sessions=0" in (await refused(stub, cloud))[0]
+        (tmp_path / "quotas.yaml").write_text("since: 2026-11-31")  # no YAMLError
+        while "day is out of range" not in caplog.text:
+            await asyncio.sleep(0.02)
         write(tmp_path, {})
         while True:
             session = RawSession(stub.Session())
@@ -342,7 +345,9 @@ async def test_nobody_is_let_in_who_would_slow_others_down(tiny_llama: Path) -> 
         await closed(cloud, second)
 
 
-async def test_a_tenant_that_was_refused_gets_the_next_place_before_one_that_has_more(tiny_llama: Path) -> None:
+async def test_a_tenant_that_was_refused_gets_the_next_place_before_one_that_has_more(
+    tiny_llama: Path,
+) -> None:
     async with cloud_with(tiny_llama, max_sessions=2) as (cloud, stub):
         greedy = [await open_session(stub, cloud, tenant="greedy") for _ in range(2)]
         text, _ = await refused(stub, cloud, tenant="modest")

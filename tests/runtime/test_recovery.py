@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -214,3 +215,25 @@ async def test_many_answers_on_one_connection_all_go_on(tiny_llama: Path, want: 
         both.link.cut()
         assert await asyncio.gather(*answers) == [want(request) for request in requests]
         assert sum(request.stats.resumes for request in requests) == both.resumes("connection") > 0
+
+
+async def test_a_resume_that_is_late_does_not_end_the_session(tiny_llama: Path, want: Want) -> None:
+    """A pass longer than the device waits for a session: the next try resumes what the first one asked for."""
+    request = ask(LONG)
+    async with pair(tiny_llama) as both:
+        forward, late = both.cloud.engine._forward, threading.Event()
+
+        def slow(planned: Any) -> Any:
+            late.wait(20)
+            return forward(planned)
+
+        def stall() -> None:
+            both.generator.link.timeout_s = 0.5
+            both.cloud.engine._forward = slow  # type: ignore[method-assign]
+            asyncio.get_running_loop().call_later(0.2, both.link.cut)
+            asyncio.get_running_loop().call_later(1.5, late.set)
+
+        assert await both.answer(request, lambda count: count == 6, stall) == want(request)
+        assert both.resumes("connection") >= 1
+        assert both.resumes("session") == 0
+        assert request.stats.evictions == 0

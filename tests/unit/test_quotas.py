@@ -14,6 +14,7 @@ from hat_runtime.cloud.quotas import read
 from hat_runtime.control.fair_share import FairShare
 from hat_runtime.control.quotas import Limits, QuotaError, Quotas, parse
 from hat_runtime.control.throttle import MOST_KEPT, Throttle
+from hat_runtime.errors import UsageError
 
 
 def test_what_is_not_set_is_the_default_s() -> None:
@@ -228,3 +229,12 @@ def test_who_wants_little_holds_nobody_back() -> None:
         got[first] += number >= 200
         share.end({"all"} | late)
     assert abs(got["all"] - got["late"]) <= 2
+
+
+@pytest.mark.parametrize(
+    "text", ["since: 2026-11-31", "a: !!bool x", "a: " + "9" * 5000, "a: 0x_", "a: !!timestamp x"]
+)
+def test_whatever_yaml_raises_names_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "quotas.yaml"
+    with pytest.raises(UsageError, match=r"--quotas .*quotas\.yaml: must be YAML or JSON: "):
+        read(file, text.encode())
