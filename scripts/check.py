@@ -42,7 +42,7 @@ TOOLS = (
     *("prometheus", "promtool"),
 )
 
-PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 """Most of these tests wait for a timer, a link or another process: one for each core, while memory lasts."""
 
 CHECKS = (

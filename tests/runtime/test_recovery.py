@@ -155,6 +155,8 @@ async def test_an_idle_conversation_that_is_gone_begins_anew(tiny_llama: Path, w
         async with asyncio.timeout(20):
             while len(both.generator.conversations):
                 await asyncio.sleep(0.01)
+            while not await reachable(both.generator):
+                await asyncio.sleep(0.01)
         second = ask([*LONG, *said, 5, 6, 7])
         assert await both.answer(second) == want(second)
         assert second.stats.cached_tokens == 0
