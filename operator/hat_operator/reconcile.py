@@ -115,8 +115,9 @@ class Reconciler:
         if not hat.spec.version:
             change["spec"] = {"runtime": {"version": self._settings.version}}
         if not hat.spec.security.tls:
-            # One that is older than the field goes on as it was.
-            old = "observedGeneration" in body.get("status", {})
+            # One that is older than the field goes on as it was. Only what once ran has a cloud in its status; that of a
+            # spec that was never valid says nothing of its age.
+            old = "cloud" in body.get("status", {})
             tls = "mutual" if self._settings.identities and not old else "off"
             change.setdefault("spec", {})["security"] = {"tls": tls}
         ref = hat.spec.edge_cluster

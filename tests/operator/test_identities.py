@@ -40,7 +40,7 @@ from hat_runtime.security.spiffe import CLOUD, DEVICE, SpiffeId
 from tests.harness.controlplane import ControlPlane
 from tests.harness.release import Helm
 from tests.operator.devices import Devices
-from tests.operator.home import Home, inline, remote, store_kubeconfig
+from tests.operator.home import SELECTOR, Home, inline, remote, store_kubeconfig
 
 SETTINGS = Settings(version="9.9")
 Object = dict[str, Any]
@@ -216,10 +216,23 @@ async def test_new_hatdeployments_are_mutual_and_older_ones_stay_as_they_were(ho
         await asyncio.sleep(0.1)
     # As an object whose status an operator has written, and whose spec does not know the field.
     await home.create()
-    await home.cluster.patch(await home.hat(), {"status": {"observedGeneration": 1}}, "status")
+    await home.cluster.patch(await home.hat(), {"status": {"cloud": {"ready": 1}}}, "status")
     await home.reconcile()
     assert (await home.hat())["spec"]["security"]["tls"] == "off"
     assert "IdentitiesSigned" not in await home.conditions()
+
+
+async def test_one_that_was_invalid_at_first_is_mutual_once_it_is_mended(home: Home) -> None:
+    twice = [{"name": "a", "arch": "amd64"}, {"name": "b", "arch": "amd64"}]
+    await home.create(edge={**SELECTOR, "images": twice})
+    await home.reconcile()
+    assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
+    await home.patch(edge={"images": twice[:1]})
+    await home.reconcile()
+    assert (await home.hat())["spec"]["security"]["tls"] == "mutual"
+    (deployment,) = await home.deployments()
+    (cloud,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert "--tls" in cloud["args"]
 
 
 async def test_device_and_cloud_get_certificates_that_the_runtime_takes(world: World) -> None:
