@@ -18,10 +18,12 @@ from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
 from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
 from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
+from hat_operator.essentials import essentials
 from hat_operator.figures import Pace
 from hat_operator.identity.authority import Authorities
 from hat_operator.identity.service import Identities, Looked
 from hat_operator.kinds import CONFIG_MAP, HATDEPLOYMENT, NODE, POD
+from hat_operator.objects.replica_files import DENIED
 from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.sites import Sites
@@ -101,6 +103,7 @@ class Reconciler:
             cloud, edge = await self._sides(hat, body)
         except SpecError as error:
             await self._write_invalid(body, str(error))
+            await self._guard(body)
             return None
         old = body.get("status", {})
         cloud, edge, again_s = self._with_figures(hat, cloud, edge)
@@ -115,8 +118,8 @@ class Reconciler:
         if not hat.spec.version:
             change["spec"] = {"runtime": {"version": self._settings.version}}
         if not hat.spec.security.tls:
-            # One that is older than the field goes on as it was. Only what once ran has a cloud in its status; that of a
-            # spec that was never valid says nothing of its age.
+            # One that is older than the field goes on as it was. Only what once ran has a cloud in its status; another
+            # status says nothing of its age, for a spec that was never valid has one too.
             old = "cloud" in body.get("status", {})
             tls = "mutual" if self._settings.identities and not old else "off"
             change.setdefault("spec", {})["security"] = {"tls": tls}
@@ -153,14 +156,33 @@ class Reconciler:
             if desired.cloud != before:
                 await cloud.apply(desired.cloud)
             await cloud.prune(desired.cloud, desired.keeps)
-            await self._identities.published(body, hat, looked)
         except ClusterError as error:
             if error.cluster_away:
                 raise
             problem = Problem(_problem_reason(error), str(error))
+        await self._identities.published(body, hat, looked, cloud)
         return _cloud_seen(cloud, replace(seen, problem=problem)), await self._edge(
             hat, body, desired, local, site
         )
+
+    async def _guard(self, body: Object) -> None:
+        """While the spec is invalid: pods that run get certificates, and devices that it names are refused."""
+        try:
+            hat = essentials(body)
+        except SpecError as error:
+            log.warning(
+                "%s/%s: nothing is signed: %s", body["metadata"]["namespace"], body["metadata"]["name"], error
+            )
+            return
+        if hat.spec.security.tls != "mutual":
+            return
+        cloud = Children(self._home, (), frozenset())
+        site = await self._read_site(hat, cloud)
+        here = None if site.children is None else site.children.cluster
+        looked = await self._identities.look(body, hat, cloud, here, site.nodes)
+        if looked.denied is not None:
+            await cloud.apply([DENIED.config_map(hat, looked.denied)])
+        await self._identities.published(body, hat, looked, cloud)
 
     async def _policy(self, hat: HatDeployment, body: Object, cloud: Children) -> str | None:
         """The chunk policy that the ConfigMap should hold. The ConfigMap joins the children, which do not list it."""

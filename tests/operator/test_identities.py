@@ -355,6 +355,36 @@ async def test_who_leaves_the_fleet_is_refused_and_gets_no_more(world: World) ->
     assert await world.denied() == {"version": 3, "denied": []}
 
 
+async def test_the_list_is_pushed_whatever_becomes_of_other_objects(home: Home) -> None:
+    identities, authorities = reconciler(home)
+    push = DeniedPush(home.cluster, [home.namespace], Doors(SETTINGS, authorities), 60.0, lambda *_: None)
+    identities._push = push
+    await home.create(observability={"podMonitor": "enabled"})  # an API that this cluster does not have
+    await home.reconcile()
+    await home.patch(security={"deniedDevices": ["stolen"]})
+    await home.reconcile()
+    assert (await home.conditions())["CloudReady"] == ("False", "ApplyNotFound")
+    assert [one.name for one in push._lists[home.namespace, "chat"].identities] == ["stolen"]
+    assert (await home.events())["DevicesDenied"] == "Warning"
+
+
+async def test_an_invalid_spec_holds_up_neither_certificates_nor_denials(world: World) -> None:
+    device = await world.device()
+    push = DeniedPush(
+        world.home.cluster, [world.home.namespace], Doors(SETTINGS, world.authorities), 60.0, lambda *_: None
+    )
+    world.identities._push = push
+    twice = [{"name": "a", "arch": "amd64"}, {"name": "b", "arch": "amd64"}]
+    await world.home.patch(edge={"images": twice}, security={"deniedDevices": ["stolen"]})
+    with device.running():
+        await world.until(lambda: device.serial, "the device has a certificate")
+    assert (await world.home.conditions())["Ready"] == ("False", "InvalidSpec")
+    assert (await world.denied())["version"] == 1
+    assert [one.name for one in push._lists[world.home.namespace, "chat"].identities] == ["stolen"]
+    assert (await world.home.events())["DevicesDenied"] == "Warning"
+    assert len(await world.devices.pods()) == 2
+
+
 async def test_a_cloud_gets_the_list_at_once_and_from_nobody_else(world: World, unused_tcp_port: int) -> None:
     """The real admin port, with the certificate that the operator has signed for the replica."""
     replica = await world.replica()
