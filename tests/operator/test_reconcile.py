@@ -214,6 +214,24 @@ async def test_devices_of_another_cluster(
     assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
 
 
+async def test_deletion_of_an_invalid_one_leaves_nothing_at_the_site(
+    home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
+) -> None:
+    edge, namespace = site
+    await store_kubeconfig(home, inline(edge_plane))
+    await home.create(**remote(namespace))
+    await home.reconcile()
+    twice = [{"name": "a", "arch": "amd64"}, {"name": "b", "arch": "amd64"}]
+    await home.patch(edge={"images": twice})
+    await home.reconcile()
+    assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
+    assert await edge.list(DAEMONSET, namespace) != []
+    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
+    assert await home.reconcile() is None
+    assert await edge.list(DAEMONSET, namespace) == []
+    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+
+
 async def test_reasons_of_an_edge_cluster_that_cannot_be_used(
     home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
 ) -> None:
