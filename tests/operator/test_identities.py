@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from hat_operator import names
+from hat_operator import metrics, names
 from hat_operator.admin import Doors
 from hat_operator.cluster import Cluster
 from hat_operator.denied_push import DeniedPush
@@ -425,6 +425,15 @@ async def test_a_cloud_gets_the_list_at_once_and_from_nobody_else(world: World, 
                         await session.get(door.at("/v1/denied"), **options)
                     with pytest.raises(aiohttp.ClientError):
                         await session.get(door.at("/v1/denied"), ssl=False)
+                # The ConfigMap is lost, and the list that is written anew has the version of the pod's.
+                failed = metrics.DENIED_PUSHES.labels("failed")._value.get()
+                lost = await world.home.cluster.get(CONFIG_MAP, "chat-cloud-denied", world.home.namespace)
+                assert lost is not None
+                await world.home.cluster.delete({"apiVersion": "v1", "kind": "ConfigMap", **lost})
+                await world.home.patch(security={"deniedDevices": ["node-z"]})
+                await world.until(lambda: access.denied.current.version == 11, "the list is there")
+                assert [identity.name for identity in access.denied.current.identities] == ["node-z"]
+                assert metrics.DENIED_PUSHES.labels("failed")._value.get() > failed
             finally:
                 running.cancel()
 

@@ -77,8 +77,8 @@ class Identities:
             cloud.live[key_of(live)] = live
         before = Denials.read({} if live is None else live.get("data", {}))
         found = None if nodes is None else [node["metadata"]["name"] for node in nodes]
-        ahead = 0 if self._push is None else self._push.ahead(hat.namespace, hat.name)
-        after = before.next(hat, self._settings, found, time.time(), ahead)
+        least = 0 if self._push is None else self._push.least(hat.namespace, hat.name)
+        after = before.next(hat, self._settings, found, time.time(), least)
         return Looked(await self._sign(body, hat, site), before, after)
 
     async def published(self, body: Object, hat: HatDeployment, looked: Looked, cloud: Children) -> None:
