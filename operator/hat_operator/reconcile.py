@@ -47,6 +47,8 @@ class _Site:
     refused: str | None = None
     """Why a device has no pod, where its DaemonSet could not create one."""
     away: Problem | None = None
+    problem: Problem | None = None
+    """Why pods or nodes are not known, though their cluster answers."""
 
 
 class Reconciler:
@@ -112,7 +114,12 @@ class Reconciler:
         return again_s
 
     async def _complete(self, body: Object, hat: HatDeployment) -> Object:
-        """Write what the operator adds: version and tls once, and for a second cluster the finalizer and its place."""
+        """Write what the operator adds: version and tls once, and for a second cluster the finalizer and its place.
+
+        Raises:
+            SpecError: the API server does not take the object with it.
+            ClusterError: the operator's own cluster did not answer.
+        """
         change: dict[str, Any] = {}
         # Once, so that the upgrade of the operator does not roll every HatDeployment.
         if not hat.spec.version:
@@ -136,7 +143,13 @@ class Reconciler:
         if not change:
             return body
         change.setdefault("metadata", {})["resourceVersion"] = body["metadata"]["resourceVersion"]
-        return await self._home.patch(body, change)
+        try:
+            return await self._home.patch(body, change)
+        except ClusterError as error:
+            if error.reason != "Invalid":
+                raise
+            # As tls: off is with deniedDevices, by an operator that signs nothing.
+            raise SpecError("spec", change.get("spec"), f"the operator cannot add it: {error}") from None
 
     async def _sides(self, hat: HatDeployment, body: Object) -> tuple[CloudSeen, EdgeSeen]:
         cloud, local = await Children.read_home(self._home, hat)
@@ -217,7 +230,7 @@ class Reconciler:
             draining = devices.revisions_in_use(site.pods, site.nodes)
         else:
             # Who cannot be asked may still be talking to any of them.
-            draining = frozenset(deployments) if site.away is not None else frozenset()
+            draining = frozenset(deployments) if site.away or site.problem else frozenset()
         observed = Observed(
             cloud_endpoint=rollout.live_endpoint(hat, service),
             endpoints=rollout.revision_endpoints(hat, cloud.live.values()),
@@ -245,17 +258,22 @@ class Reconciler:
                 cluster = await self._edge_cluster(hat, edge.cluster)
                 children = await self._read_edge(cluster, hat)
             site = _Site(children)
+        except EdgeUnreachable as error:
+            return _Site(away=Problem(error.reason, str(error)))
+        try:
             site.pods = await _list_pods(children.cluster, hat)
             site.nodes = await _list_nodes(children.cluster, edge)
             for daemonset in filter(rollout.daemonset_lacks_pods, children.daemonsets()):
                 site.refused = site.refused or await refusals.of_daemonset(children.cluster, daemonset)
-        except EdgeUnreachable as error:
-            return _Site(away=Problem(error.reason, str(error)))
         except ClusterError as error:
             away = unreachable(error)
-            if away is None or edge.cluster is None:
+            if away is None:
+                # A selector that no node can match, for one: all else goes on, and the condition tells it.
+                site.problem = Problem(f"Read{error.reason}", str(error))
+            elif edge.cluster is None:
                 raise
-            return _Site(away=Problem(away.reason, str(away)))
+            else:
+                return _Site(away=Problem(away.reason, str(away)))
         return site
 
     async def _edge_cluster(self, hat: HatDeployment, ref: ClusterRef) -> Cluster:
@@ -304,7 +322,7 @@ class Reconciler:
             return EdgeSeen()
         if site.children is None:
             return EdgeSeen(unreachable=site.away)
-        problem = None
+        problem = site.problem
         try:
             await site.children.apply(desired.edge)
             await site.children.prune(desired.edge, desired.keeps)
@@ -314,11 +332,11 @@ class Reconciler:
                 return EdgeSeen(unreachable=Problem(away.reason, str(away)))
             if away is not None:
                 raise
-            problem = Problem(_problem_reason(error), str(error))
+            problem = problem or Problem(_problem_reason(error), str(error))
         await self._sites.settle(body, hat, site.children.cluster)
         updated = all(rollout.daemonset_done(obj) for obj in site.children.daemonsets())
         fleet = None
-        if site.pods is not None:
+        if site.pods is not None and site.problem is None:
             rows = body.get("status", {}).get("devices", ())
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
             gauges.set_devices(hat.namespace, hat.name, fleet.phases)

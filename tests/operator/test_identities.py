@@ -235,6 +235,19 @@ async def test_one_that_was_invalid_at_first_is_mutual_once_it_is_mended(home: H
     assert "--tls" in cloud["args"]
 
 
+async def test_what_the_operator_cannot_add_is_told(home: Home) -> None:
+    reconciler(home, Settings(version="9.9", identities=False))  # writes tls: off
+    await home.create(security={"deniedDevices": ["stolen"]})
+    assert await home.reconcile() is None
+    assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
+    (message,) = {item["message"] for item in (await home.hat())["status"]["conditions"]}
+    assert "security.deniedDevices: without certificates nobody can tell devices apart" in message
+    await home.patch(security={"deniedDevices": []})
+    await home.reconcile()
+    assert (await home.hat())["spec"]["security"]["tls"] == "off"
+    assert (await home.conditions())["Ready"][1] != "InvalidSpec"
+
+
 async def test_device_and_cloud_get_certificates_that_the_runtime_takes(world: World) -> None:
     device, replica = await world.device(), await world.replica()
     with device.running(), replica.running():

@@ -14,6 +14,7 @@ from hat_operator.kinds import (
     DEPLOYMENT,
     HATDEPLOYMENT,
     NETWORK_POLICY,
+    NODE,
     SERVICE,
 )
 from tests.harness.controlplane import ControlPlane
@@ -212,6 +213,39 @@ async def test_devices_of_another_cluster(
     assert await home.reconcile() is None
     assert await edge.list(DAEMONSET, namespace) == []
     assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+
+
+async def test_nodes_that_cannot_be_listed_hold_up_nothing_else(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Devices(home.cluster, home.namespace, 1) as devices:
+        await home.create(edge={"deviceSelector": {"matchLabels": devices.labels}})
+        await home.reconcile()
+        (old,) = await home.deployments()
+        await home.serve(str(rollout.revision_of(old)))
+        await devices.run_pods()
+        await home.reconcile()
+        before = (await home.hat())["status"]["devices"]
+        assert [row["phase"] for row in before] == ["Ready"]
+        listed = home.cluster.list
+
+        async def refused(kind: Any, namespace: Any = None, selector: str = "", **others: Any) -> Any:
+            # As of a selector that a CRD without the rule for keys has let in.
+            return await listed(
+                kind, namespace, "hat dev/device=true" if kind is NODE else selector, **others
+            )
+
+        monkeypatch.setattr(home.cluster, "list", refused)
+        await home.patch(cloud={"replicas": 2})
+        await home.reconcile()
+        assert (await home.conditions())["EdgeReady"] == ("False", "ReadRequestFailed")
+        (deployment,) = await home.deployments()
+        assert deployment["spec"]["replicas"] == 2
+        assert (await home.hat())["status"]["devices"] == before
+        assert len(await devices.pods()) == 1
+        monkeypatch.undo()
+        await home.reconcile()
+        assert (await home.conditions())["EdgeReady"] == ("True", "DevicesReady")
 
 
 async def test_deletion_of_an_invalid_one_leaves_nothing_at_the_site(
