@@ -25,8 +25,7 @@ class Observed:
     apis: frozenset[str] = frozenset()
     """GROUP/VERSION/KIND of optional APIs of the cloud's cluster."""
     serving_revision: str | None = None
-    """The revision that devices are led to, as long as its Deployment serves, and the wanted one once it is ready.
-    None: neither serves, so there is nothing to keep."""
+    """The revision that devices are led to (rollout.serving_revision); None: there is none to keep."""
     edge_apis: frozenset[str] = frozenset()
     """As `apis`, of the devices' cluster, where it is another one."""
     draining: frozenset[str] = frozenset()

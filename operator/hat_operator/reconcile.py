@@ -231,11 +231,12 @@ class Reconciler:
         else:
             # Who cannot be asked may still be talking to any of them.
             draining = frozenset(deployments) if site.away or site.problem else frozenset()
+        follow = site.away is None or names.endpoint_per_revision(hat)
         observed = Observed(
             cloud_endpoint=rollout.live_endpoint(hat, service),
             endpoints=rollout.revision_endpoints(hat, cloud.live.values()),
             apis=cloud.apis,
-            serving_revision=rollout.serving_revision(wanted, deployments, service),
+            serving_revision=rollout.serving_revision(wanted, deployments, service, follow),
             edge_apis=frozenset() if site.children is None else site.children.apis,
             draining=draining,
             policy=policy,

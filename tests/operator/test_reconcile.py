@@ -15,6 +15,7 @@ from hat_operator.kinds import (
     HATDEPLOYMENT,
     NETWORK_POLICY,
     NODE,
+    POD,
     SERVICE,
 )
 from tests.harness.controlplane import ControlPlane
@@ -123,6 +124,31 @@ async def test_blue_green(home: Home) -> None:
     assert await selected(home) == new_revision
     assert (await daemonset(home))["metadata"]["labels"][names.LABEL_REVISION] == new_revision
     assert (await home.hat())["status"]["cloud"]["revision"] == new_revision
+
+
+async def test_the_revision_that_serves_survives_a_replica_that_is_not_ready_for_a_moment(home: Home) -> None:
+    await home.create(edge=SELECTOR)
+    await home.reconcile()
+    (deployment,) = await home.deployments()
+    old = str(rollout.revision_of(deployment))
+    await home.serve(old)
+    await home.reconcile()
+    await home.patch(runtime={"version": "no-such-tag"})
+    await home.reconcile()
+    for ready in ("False", "True"):
+        (pod,) = await home.cluster.list(POD, home.namespace, f"{names.LABEL_REVISION}={old}")
+        conditions = [{"type": "Ready", "status": ready}]
+        await home.cluster.patch(pod, {"status": {"conditions": conditions}}, "status")
+        deadline = time.monotonic() + 30
+        while rollout.ready_replicas(
+            await home.cluster.get(DEPLOYMENT, f"chat-cloud-{old}", home.namespace)
+        ) != (ready == "True"):
+            assert time.monotonic() < deadline
+        await home.reconcile()
+        assert await selected(home) == old
+        assert (await daemonset(home))["metadata"]["labels"][names.LABEL_REVISION] == old
+        assert (await home.conditions())["Progressing"] == ("True", "NewRevisionStarting")
+        assert (await home.conditions())["CloudReady"][0] == ready
 
 
 async def test_a_switch_under_devices_leaves_each_the_service_of_its_revision(home: Home) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from hat_operator import sites
+from hat_operator import names, rollout, sites
 from hat_operator.children import Children
 from hat_operator.cluster import Cluster
-from hat_operator.kinds import DAEMONSET, HATDEPLOYMENT, SECRET
+from hat_operator.kinds import DAEMONSET, HATDEPLOYMENT, SECRET, SERVICE
 from hat_operator.spec import HatDeployment
 from tests.harness.controlplane import ControlPlane
 from tests.operator.devices import Devices
@@ -129,6 +129,45 @@ async def test_refused_credentials_and_a_missing_secret_leave_both_sides_alone(
     ]
     await store_kubeconfig(home, good)
     assert await reason() == "Reachable"
+
+
+async def test_one_address_for_all_revisions_stays_with_devices_that_cannot_be_updated(
+    home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
+) -> None:
+    _, namespace = site
+    good = inline(edge_plane)
+
+    async def selected() -> str:
+        service = await home.cluster.get(SERVICE, "chat-cloud", home.namespace)
+        assert service is not None
+        return str(service["spec"]["selector"][names.LABEL_REVISION])
+
+    await store_kubeconfig(home, good)
+    one_address = {"expose": {"type": "LoadBalancer", "host": "cloud.example.com"}}
+    await home.create(**{**remote(namespace), "cloud": one_address})
+    await home.reconcile()
+    old = await selected()
+    await home.serve(old)
+    await home.reconcile()
+    await store_kubeconfig(home, good.replace(edge_plane._credentials.admin, "no-such-token"))
+    await home.patch(split={"inputLayers": 4})
+    await home.reconcile()
+    (new,) = {str(rollout.revision_of(item)) for item in await home.deployments()} - {old}
+    await home.serve(new)
+    await home.reconcile()
+    assert await selected() == old
+    assert len(await home.deployments()) == 2
+    (progressing,) = [
+        item["message"]
+        for item in (await home.hat())["status"]["conditions"]
+        if item["type"] == "Progressing"
+    ]
+    assert progressing == f"revision {new} starts; {old} serves until the devices' cluster answers"
+    await store_kubeconfig(home, good)
+    await home.reconcile()
+    assert await selected() == new
+    await home.cluster.delete(await home.hat())
+    assert await home.reconcile() is None
 
 
 async def test_a_site_that_is_gone_for_good_holds_deletion_up_for_the_documented_time(
