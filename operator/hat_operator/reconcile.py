@@ -239,6 +239,7 @@ class Reconciler:
             serving_revision=rollout.serving_revision(wanted, deployments, service, follow),
             edge_apis=frozenset() if site.children is None else site.children.apis,
             draining=draining,
+            unavailable=_unavailable(site),
             policy=policy,
             denied=looked.denied,
         )
@@ -385,6 +386,12 @@ def _cloud_seen(cloud: Children, seen: CloudSeen) -> CloudSeen:
         updated=wanted is not None and rollout.deployment_done(wanted),
         refused=refusals.of_deployment(wanted),
     )
+
+
+def _unavailable(site: _Site) -> dict[str, int]:
+    if site.children is None or site.pods is None:
+        return {}
+    return devices.unavailable(site.children.daemonsets(), site.pods, site.nodes)
 
 
 def _problem_reason(error: ClusterError) -> str:

@@ -13,6 +13,7 @@ import pytest
 from hat_operator import names, rollout, sites
 from hat_operator.children import Children
 from hat_operator.cluster import Cluster
+from hat_operator.devices import node_of
 from hat_operator.kinds import DAEMONSET, HATDEPLOYMENT, SECRET, SERVICE
 from hat_operator.spec import HatDeployment
 from tests.harness.controlplane import ControlPlane
@@ -213,6 +214,46 @@ async def test_a_lost_device_keeps_its_pod_and_row_and_comes_back(home: Home) ->
         await devices.run_pods()
         await home.reconcile()
         assert await phases(home) == {"Ready": 2}
+
+
+async def test_a_device_that_is_off_stops_no_update(home: Home) -> None:
+    async with Devices(home.cluster, home.namespace, 3) as devices:
+        allowed: list[int | str] = []
+
+        async def updated(count: int) -> None:
+            """Wait until that many devices are to have a pod, and have one of the present template that is ready."""
+            deadline = time.monotonic() + 40
+            while time.monotonic() < deadline:
+                await home.reconcile()
+                await devices.run_pods()
+                (found,) = await home.cluster.list(DAEMONSET, home.namespace)
+                allowed.append(found["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"])
+                status = found["status"]
+                seen = status.get("observedGeneration") == found["metadata"]["generation"]
+                fields = ("desiredNumberScheduled", "updatedNumberScheduled", "numberReady")
+                if seen and {status.get(field, 0) for field in fields} == {count}:
+                    return
+                await asyncio.sleep(0.1)
+            pytest.fail(f"{count} are not updated: {status}; allowed were {allowed}")
+
+        await home.create(edge={"deviceSelector": {"matchLabels": devices.labels}})
+        await updated(3)
+        off = devices.nodes[0]
+        await devices.report(off, "Unknown")
+        for pod in await devices.pods():
+            if node_of(pod) == off:  # as the node controller does
+                status = {"conditions": [{"type": "Ready", "status": "False"}]}
+                await home.cluster.patch(pod, {"status": status}, "status")
+        await updated(2)  # Kubernetes starts no pods there
+        assert set(allowed) == {"10%"}
+        await home.patch(observability={"logLevel": "debug"})
+        await updated(2)
+        assert 2 in allowed
+        allowed.clear()
+        await updated(2)
+        await devices.report(off, "True")
+        await updated(3)
+        assert set(allowed) == {"10%"}
 
 
 async def phases(home: Home) -> dict[str, int]:
