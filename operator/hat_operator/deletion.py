@@ -8,8 +8,9 @@ import time
 from hat_operator import events, names
 from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.edges import EdgeUnreachable
+from hat_operator.essentials import essentials
 from hat_operator.sites import LEFT_BEHIND, Sites
-from hat_operator.spec import HatDeployment, SpecError
+from hat_operator.spec import SpecError
 
 RETRY_S = 5.0
 DEFAULT_TIMEOUT_S = 300
@@ -36,7 +37,7 @@ class Deletion:
             return None
         timeout_s = DEFAULT_TIMEOUT_S
         try:
-            hat = HatDeployment.parse(body)
+            hat = essentials(body)
             if hat.spec.edge is not None:
                 timeout_s = hat.spec.edge.deletion_timeout_s
             await self._sites.clean(body, hat)

@@ -54,7 +54,7 @@ class Denials:
         return {DENIED.key: self.listed.to_json(), FLEET_KEY: json.dumps(fleet, separators=(",", ":"))}
 
     def next(
-        self, hat: HatDeployment, settings: Settings, nodes: Iterable[str] | None, now: float, above: int = 0
+        self, hat: HatDeployment, settings: Settings, nodes: Iterable[str] | None, now: float, least: int = 0
     ) -> Denials:
         """The state at this moment.
 
@@ -63,7 +63,7 @@ class Denials:
             settings: have the trust domain.
             nodes: that the device selector matches now; None: not known, then nobody has left.
             now: Unix seconds.
-            above: a version that some pod of the cloud has; one that changes the list must be higher.
+            least: the least version that replaces what every pod of the cloud has.
         """
         fleet = self.fleet if nodes is None else frozenset(nodes)
         left = {name: at for name, at in self.left.items() if now - at < KEPT_S and name not in fleet}
@@ -71,8 +71,8 @@ class Denials:
         refused = sorted(hat.spec.security.denied) + sorted(left, key=lambda name: -left[name])
         chosen = frozenset(who.device(hat, settings, name) for name in refused[:MAX_ENTRIES])
         listed = self.listed
-        if chosen != listed.identities or listed.serials or listed.version < above:
-            listed = DenyList(max(listed.version, above) + 1, chosen)
+        if chosen != listed.identities or listed.serials or listed.version < least:
+            listed = DenyList(max(listed.version + 1, least), chosen)
         return replace(self, listed=listed, fleet=fleet, left=left)
 
 

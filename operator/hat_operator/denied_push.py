@@ -56,7 +56,7 @@ class DeniedPush:
         self._every_s = every_s
         self._request = request
         self._lists: dict[Key, DenyList] = {}
-        self._ahead: dict[Key, int] = {}
+        self._least: dict[Key, int] = {}
         self._soon = asyncio.Event()
 
     def want(self, namespace: str, name: str, listed: DenyList) -> None:
@@ -69,11 +69,11 @@ class DeniedPush:
     def forget(self, namespace: str, name: str) -> None:
         """The HatDeployment is gone, or its pods know no certificates."""
         self._lists.pop((namespace, name), None)
-        self._ahead.pop((namespace, name), None)
+        self._least.pop((namespace, name), None)
 
-    def ahead(self, namespace: str, name: str) -> int:
-        """The version of another list that a pod was found with; the next one has to be higher."""
-        return self._ahead.get((namespace, name), 0)
+    def least(self, namespace: str, name: str) -> int:
+        """The least version that the list must have to replace other ones that pods were found with; 0: any."""
+        return self._least.get((namespace, name), 0)
 
     async def run(self) -> None:
         """Push, round after round, until cancelled."""
@@ -128,7 +128,7 @@ class DeniedPush:
             ) as response:
                 if response.status == 409:
                     await self._overtaken(session, key, url, options)
-                elif response.status != 200:
+                if response.status != 200:
                     raise ValueError(f"status {response.status}: {(await response.content.read(500))!r}")
         except (aiohttp.ClientError, TimeoutError, ValueError, AuthorityError, UsageError) as error:
             metrics.DENIED_PUSHES.labels("failed").inc()
@@ -142,9 +142,10 @@ class DeniedPush:
     async def _overtaken(
         self, session: aiohttp.ClientSession, key: Key, url: str, options: Mapping[str, Any]
     ) -> None:
-        """A pod has a list that this operator does not know; its own has to be in effect, with a higher version."""
+        """A pod has another list, of this version or a higher one: the operator's has to be put above it."""
         async with session.get(url, **options) as response:
             found = parse(await response.content.read(MAX_BYTES + 1))
-        if found.version > self._ahead.get(key, 0):
-            self._ahead[key] = found.version
+        # A container that has just started may have the next one from its ConfigMap already.
+        if found != self._lists.get(key) and found.version >= self._least.get(key, 0):
+            self._least[key] = found.version + 1
             self._request(*key)

@@ -25,12 +25,13 @@ class Observed:
     apis: frozenset[str] = frozenset()
     """GROUP/VERSION/KIND of optional APIs of the cloud's cluster."""
     serving_revision: str | None = None
-    """The revision that devices are led to, as long as its Deployment serves, and the wanted one once it is ready.
-    None: neither serves, so there is nothing to keep."""
+    """The revision that devices are led to (rollout.serving_revision); None: there is none to keep."""
     edge_apis: frozenset[str] = frozenset()
     """As `apis`, of the devices' cluster, where it is another one."""
     draining: frozenset[str] = frozenset()
     """Older revisions that devices still use; their Deployments stay."""
+    unavailable: Mapping[str, int] = field(default_factory=dict)
+    """How many devices of a DaemonSet, by its name, may be without a ready pod while it is updated; absent: a tenth."""
     policy: str | None = None
     """The chunk policy, in JSON, that replicas should start with; None: there is none to keep."""
     denied: Mapping[str, str] | None = None
@@ -131,7 +132,7 @@ def _edge(
         found.append(policies.edge(hat, settings, sorted(filter(None, dialled))))
     found.append(edge.service(hat, spec))
     if endpoint is not None and serving == wanted and not hat.spec.suspend:
-        found += edge.daemonsets(hat, spec, settings, wanted, endpoint)
+        found += edge.daemonsets(hat, spec, settings, wanted, endpoint, observed.unavailable)
     if monitor.wanted(hat, observed.apis if spec.cluster is None else observed.edge_apis):
         found.append(monitor.pod_monitor(hat, names.EDGE, name, namespace))
     return found

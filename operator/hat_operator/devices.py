@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from hat_operator import figures, names
@@ -82,6 +83,30 @@ def revisions_in_use(
     return frozenset(revision for revision in found if revision)
 
 
+def unavailable(
+    daemonsets: Iterable[Mapping[str, Any]],
+    pods: Sequence[Mapping[str, Any]],
+    nodes: Iterable[Mapping[str, Any]] | None,
+) -> dict[str, int]:
+    """How many devices may be without a ready pod, by a DaemonSet's name: those that are off, and a tenth of the rest.
+
+    Kubernetes counts a device that is off among those that are being updated (pkg/controller/daemon/update.go), so at a
+    site of ten a tenth would be that one, and no other would be updated. Only of DaemonSets whose update is under way
+    with devices that are off: else a device that comes or goes changes nothing.
+    """
+    off = {node["metadata"]["name"] for node in nodes or () if not is_ready(node)}
+    found = {}
+    for daemonset in daemonsets:
+        status = daemonset.get("status", {})
+        if status.get("updatedNumberScheduled", 0) >= status.get("desiredNumberScheduled", 0):
+            continue
+        there = {node_of(pod) for pod in pods if _kind(pod) == _kind(daemonset)}
+        lost = len(there & off)
+        if lost:
+            found[str(daemonset["metadata"]["name"])] = lost + ceil((len(there) - lost) / 10)
+    return found
+
+
 def node_of(pod: Mapping[str, Any]) -> str | None:
     """The node that a pod of a DaemonSet runs on or waits for."""
     spec = pod.get("spec", {})
@@ -112,6 +137,12 @@ def _phase(pod: Mapping[str, Any] | None, node: Mapping[str, Any] | None) -> str
 def _better(first: Mapping[str, Any] | None, second: Mapping[str, Any]) -> bool:
     """Whether the first of two pods on one node tells more: during an update there may be two."""
     return first is not None and (is_ready(first) or not is_ready(second))
+
+
+def _kind(obj: Mapping[str, Any]) -> str | None:
+    """Which of edge.images it is for."""
+    kind: str | None = obj["metadata"].get("labels", {}).get(names.LABEL_IMAGE)
+    return kind
 
 
 def _condition(obj: Mapping[str, Any]) -> str | None:

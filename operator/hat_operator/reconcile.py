@@ -18,10 +18,12 @@ from hat_operator.cluster import Cluster, ClusterError, Object
 from hat_operator.deletion import Deletion
 from hat_operator.desired import Desired, Observed, cloud_endpoint, desired_objects
 from hat_operator.edges import EdgeClusters, EdgeUnreachable, unreachable
+from hat_operator.essentials import essentials
 from hat_operator.figures import Pace
 from hat_operator.identity.authority import Authorities
 from hat_operator.identity.service import Identities, Looked
 from hat_operator.kinds import CONFIG_MAP, HATDEPLOYMENT, NODE, POD
+from hat_operator.objects.replica_files import DENIED
 from hat_operator.policy import adaptive
 from hat_operator.settings import Settings
 from hat_operator.sites import Sites
@@ -45,6 +47,8 @@ class _Site:
     refused: str | None = None
     """Why a device has no pod, where its DaemonSet could not create one."""
     away: Problem | None = None
+    problem: Problem | None = None
+    """Why pods or nodes are not known, though their cluster answers."""
 
 
 class Reconciler:
@@ -101,6 +105,7 @@ class Reconciler:
             cloud, edge = await self._sides(hat, body)
         except SpecError as error:
             await self._write_invalid(body, str(error))
+            await self._guard(body)
             return None
         old = body.get("status", {})
         cloud, edge, again_s = self._with_figures(hat, cloud, edge)
@@ -109,14 +114,20 @@ class Reconciler:
         return again_s
 
     async def _complete(self, body: Object, hat: HatDeployment) -> Object:
-        """Write what the operator adds: version and tls once, and for a second cluster the finalizer and its place."""
+        """Write what the operator adds: version and tls once, and for a second cluster the finalizer and its place.
+
+        Raises:
+            SpecError: the API server does not take the object with it.
+            ClusterError: the operator's own cluster did not answer.
+        """
         change: dict[str, Any] = {}
         # Once, so that the upgrade of the operator does not roll every HatDeployment.
         if not hat.spec.version:
             change["spec"] = {"runtime": {"version": self._settings.version}}
         if not hat.spec.security.tls:
-            # One that is older than the field goes on as it was.
-            old = "observedGeneration" in body.get("status", {})
+            # One that is older than the field goes on as it was. Only what once ran has a cloud in its status; another
+            # status says nothing of its age, for a spec that was never valid has one too.
+            old = "cloud" in body.get("status", {})
             tls = "mutual" if self._settings.identities and not old else "off"
             change.setdefault("spec", {})["security"] = {"tls": tls}
         ref = hat.spec.edge_cluster
@@ -132,7 +143,13 @@ class Reconciler:
         if not change:
             return body
         change.setdefault("metadata", {})["resourceVersion"] = body["metadata"]["resourceVersion"]
-        return await self._home.patch(body, change)
+        try:
+            return await self._home.patch(body, change)
+        except ClusterError as error:
+            if error.reason != "Invalid":
+                raise
+            # As tls: off is with deniedDevices, by an operator that signs nothing.
+            raise SpecError("spec", change.get("spec"), f"the operator cannot add it: {error}") from None
 
     async def _sides(self, hat: HatDeployment, body: Object) -> tuple[CloudSeen, EdgeSeen]:
         cloud, local = await Children.read_home(self._home, hat)
@@ -152,14 +169,33 @@ class Reconciler:
             if desired.cloud != before:
                 await cloud.apply(desired.cloud)
             await cloud.prune(desired.cloud, desired.keeps)
-            await self._identities.published(body, hat, looked)
         except ClusterError as error:
             if error.cluster_away:
                 raise
             problem = Problem(_problem_reason(error), str(error))
+        await self._identities.published(body, hat, looked, cloud)
         return _cloud_seen(cloud, replace(seen, problem=problem)), await self._edge(
             hat, body, desired, local, site
         )
+
+    async def _guard(self, body: Object) -> None:
+        """While the spec is invalid: pods that run get certificates, and devices that it names are refused."""
+        try:
+            hat = essentials(body)
+        except SpecError as error:
+            log.warning(
+                "%s/%s: nothing is signed: %s", body["metadata"]["namespace"], body["metadata"]["name"], error
+            )
+            return
+        if hat.spec.security.tls != "mutual":
+            return
+        cloud = Children(self._home, (), frozenset())
+        site = await self._read_site(hat, cloud)
+        here = None if site.children is None else site.children.cluster
+        looked = await self._identities.look(body, hat, cloud, here, site.nodes)
+        if looked.denied is not None:
+            await cloud.apply([DENIED.config_map(hat, looked.denied)])
+        await self._identities.published(body, hat, looked, cloud)
 
     async def _policy(self, hat: HatDeployment, body: Object, cloud: Children) -> str | None:
         """The chunk policy that the ConfigMap should hold. The ConfigMap joins the children, which do not list it."""
@@ -194,14 +230,16 @@ class Reconciler:
             draining = devices.revisions_in_use(site.pods, site.nodes)
         else:
             # Who cannot be asked may still be talking to any of them.
-            draining = frozenset(deployments) if site.away is not None else frozenset()
+            draining = frozenset(deployments) if site.away or site.problem else frozenset()
+        follow = site.away is None or names.endpoint_per_revision(hat)
         observed = Observed(
             cloud_endpoint=rollout.live_endpoint(hat, service),
             endpoints=rollout.revision_endpoints(hat, cloud.live.values()),
             apis=cloud.apis,
-            serving_revision=rollout.serving_revision(wanted, deployments, service),
+            serving_revision=rollout.serving_revision(wanted, deployments, service, follow),
             edge_apis=frozenset() if site.children is None else site.children.apis,
             draining=draining,
+            unavailable=_unavailable(site),
             policy=policy,
             denied=looked.denied,
         )
@@ -222,17 +260,22 @@ class Reconciler:
                 cluster = await self._edge_cluster(hat, edge.cluster)
                 children = await self._read_edge(cluster, hat)
             site = _Site(children)
+        except EdgeUnreachable as error:
+            return _Site(away=Problem(error.reason, str(error)))
+        try:
             site.pods = await _list_pods(children.cluster, hat)
             site.nodes = await _list_nodes(children.cluster, edge)
             for daemonset in filter(rollout.daemonset_lacks_pods, children.daemonsets()):
                 site.refused = site.refused or await refusals.of_daemonset(children.cluster, daemonset)
-        except EdgeUnreachable as error:
-            return _Site(away=Problem(error.reason, str(error)))
         except ClusterError as error:
             away = unreachable(error)
-            if away is None or edge.cluster is None:
+            if away is None:
+                # A selector that no node can match, for one: all else goes on, and the condition tells it.
+                site.problem = Problem(f"Read{error.reason}", str(error))
+            elif edge.cluster is None:
                 raise
-            return _Site(away=Problem(away.reason, str(away)))
+            else:
+                return _Site(away=Problem(away.reason, str(away)))
         return site
 
     async def _edge_cluster(self, hat: HatDeployment, ref: ClusterRef) -> Cluster:
@@ -281,7 +324,7 @@ class Reconciler:
             return EdgeSeen()
         if site.children is None:
             return EdgeSeen(unreachable=site.away)
-        problem = None
+        problem = site.problem
         try:
             await site.children.apply(desired.edge)
             await site.children.prune(desired.edge, desired.keeps)
@@ -291,11 +334,11 @@ class Reconciler:
                 return EdgeSeen(unreachable=Problem(away.reason, str(away)))
             if away is not None:
                 raise
-            problem = Problem(_problem_reason(error), str(error))
+            problem = problem or Problem(_problem_reason(error), str(error))
         await self._sites.settle(body, hat, site.children.cluster)
         updated = all(rollout.daemonset_done(obj) for obj in site.children.daemonsets())
         fleet = None
-        if site.pods is not None:
+        if site.pods is not None and site.problem is None:
             rows = body.get("status", {}).get("devices", ())
             fleet = devices.fleet(site.pods, site.nodes, rows, events.rfc3339())
             gauges.set_devices(hat.namespace, hat.name, fleet.phases)
@@ -343,6 +386,12 @@ def _cloud_seen(cloud: Children, seen: CloudSeen) -> CloudSeen:
         updated=wanted is not None and rollout.deployment_done(wanted),
         refused=refusals.of_deployment(wanted),
     )
+
+
+def _unavailable(site: _Site) -> dict[str, int]:
+    if site.children is None or site.pods is None:
+        return {}
+    return devices.unavailable(site.children.daemonsets(), site.pods, site.nodes)
 
 
 def _problem_reason(error: ClusterError) -> str:

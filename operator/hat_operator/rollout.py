@@ -9,6 +9,8 @@ from hat_operator import names
 from hat_operator.spec import HatDeployment
 
 Object = Mapping[str, Any]
+_COMPLETE = "NewReplicaSetAvailable"
+"""Reason of a Deployment's condition Progressing, which stays when replicas are lost later."""
 
 
 def revision_of(obj: Object) -> str | None:
@@ -56,17 +58,36 @@ def by_revision(objects: Iterable[Object]) -> dict[str, Object]:
     }
 
 
-def serving_revision(wanted: str, deployments: Mapping[str, Object], service: Object | None) -> str | None:
+def was_complete(deployment: Object | None) -> bool:
+    """Whether all replicas of the present template have been ready at some time, as its controller remembers."""
+    conditions = () if deployment is None else deployment.get("status", {}).get("conditions", ())
+    return any(item["type"] == "Progressing" and item.get("reason") == _COMPLETE for item in conditions)
+
+
+def serving_revision(
+    wanted: str, deployments: Mapping[str, Object], service: Object | None, devices_follow: bool = True
+) -> str | None:
     """The revision that devices should be led to now.
 
-    The wanted one once all its replicas are ready; until then the one that the Service NAME-cloud leads to, as
-    long as at least one of its replicas is ready. None: neither serves, so there is nothing to keep.
+    The wanted one once all its replicas are ready; until then the one that the Service NAME-cloud leads to. While none
+    of that one's replicas is ready it stays if all of them were once, and either no replica of the wanted one is ready,
+    or devices cannot follow. None: neither serves, so there is nothing to keep.
+
+    Args:
+        wanted: the revision of the spec.
+        deployments: by revision.
+        service: the live Service NAME-cloud.
+        devices_follow: whether devices can be updated to the wanted one, or need not be led by this Service.
     """
     candidate = deployments.get(wanted)
-    if candidate is not None and deployment_done(candidate):
-        return wanted
     selected = None if service is None else service["spec"].get("selector", {}).get(names.LABEL_REVISION)
-    return selected if selected and ready_replicas(deployments.get(selected)) else None
+    current = deployments.get(selected) if selected else None
+    serves = ready_replicas(current) > 0 or was_complete(current)
+    if candidate is not None and deployment_done(candidate) and (devices_follow or not serves):
+        return wanted
+    if ready_replicas(current) or (serves and not (devices_follow and ready_replicas(candidate))):
+        return selected
+    return None
 
 
 def live_endpoint(hat: HatDeployment, service: Object | None) -> str | None:

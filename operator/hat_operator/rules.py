@@ -12,6 +12,10 @@ from typing import Any
 
 from hat_operator.prometheus_ref import URL
 
+_LABEL_KEY = re.compile(
+    "([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+)
+_LABEL_KEYS = f"self.all(k, k.indexOf('/') <= 253 && k.matches('^{_LABEL_KEY.pattern}$'))"
 _RESOURCES = ("cpu", "memory", "ephemeral-storage")
 _PROMETHEUS_URL = f"self == '' || self.matches('^{URL.pattern.replace(chr(92), chr(92) * 2)}$')"
 _SAMPLERS = {"hat": ("coupled", "rejection"), "picospec": ("coupled", "thinning", "topk")}
@@ -177,6 +181,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
             not any(key.startswith(("hat.dev/", "app.kubernetes.io/")) for key in self.get("labels", {}))
         )
     ),
+    _LABEL_KEYS: lambda self: all(key.find("/") <= 253 and _LABEL_KEY.fullmatch(key) for key in self),
     "self.l4t == '' || self.arch == 'arm64'": lambda self: self["l4t"] == "" or self["arch"] == "arm64",
     _PROMETHEUS_URL: lambda self: self == "" or URL.fullmatch(self) is not None,
     "!has(self.prometheusTokenSecretRef) || self.prometheusUrl.startsWith('https://')": lambda self: (

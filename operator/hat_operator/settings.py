@@ -102,12 +102,7 @@ class Settings:
                 f"{PREFIX}CERTIFICATE_SECONDS: {lifetime!r} is not a whole number from 30 to {DAY_S}"
             )
         ports = value("API_PORTS", "443,6443").split(",")
-        cidrs = tuple(item.strip() for item in value("API_CIDRS", "0.0.0.0/0,::/0").split(","))
-        for cidr in cidrs:
-            try:
-                ip_network(cidr)
-            except ValueError as error:
-                raise UsageError(f"{PREFIX}API_CIDRS: {cidr!r} is no range of addresses: {error}") from error
+        cidrs = value("API_CIDRS", "0.0.0.0/0,::/0").split(",")
         return cls(
             registry=value("REGISTRY", "").rstrip("/"),
             version=value("VERSION", ""),
@@ -121,7 +116,7 @@ class Settings:
             trust_domain=trust_domain,
             certificate_s=int(lifetime),
             api_ports=tuple(_port("API_PORTS", item.strip()) for item in ports),
-            api_cidrs=cidrs,
+            api_cidrs=tuple(_cidr("API_CIDRS", item.strip()) for item in cidrs),
         )
 
     def image(self, name: str, tag: str) -> str:
@@ -133,6 +128,14 @@ def _port(name: str, text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise UsageError(f"{PREFIX}{name}: {text!r} is not a port from 1 to 65535")
     return int(text)
+
+
+def _cidr(name: str, text: str) -> str:
+    """A range of addresses without the bits of the host that it was found by, which Kubernetes lets stand."""
+    try:
+        return str(ip_network(text, strict=False))
+    except ValueError as error:
+        raise UsageError(f"{PREFIX}{name}: {text!r} is no range of addresses: {error}") from error
 
 
 def _is_devices_url(text: str) -> bool:

@@ -324,7 +324,10 @@ def _progressing(hat: HatDeployment, cloud: CloudSeen, edge: EdgeSeen) -> Findin
     if cloud.refused is not None:
         return Finding("True", "PodsRefused", f"the API server refuses replicas: {cloud.refused}")
     if cloud.serving_revision not in (None, cloud.wanted_revision):
-        text = f"revision {cloud.wanted_revision} starts; {cloud.serving_revision} serves until it is ready"
+        until = "it is ready"
+        if cloud.updated and edge.unreachable is not None:
+            until = "the devices' cluster answers"
+        text = f"revision {cloud.wanted_revision} starts; {cloud.serving_revision} serves until {until}"
         return Finding("True", "NewRevisionStarting", text)
     if not cloud.updated:
         return Finding("True", "CloudRollingOut", "replicas of the cloud are being replaced")

@@ -18,6 +18,8 @@ class Devices:
     def __init__(self, cluster: Cluster, namespace: str, count: int) -> None:
         self._cluster, self._namespace = cluster, namespace
         self.labels = {"hat.dev/device": namespace}
+        self.off: set[str] = set()
+        """Nodes whose kubelet does nothing."""
         self.nodes = [f"{namespace}-{index}" for index in range(count)]
 
     async def __aenter__(self) -> Devices:
@@ -38,6 +40,7 @@ class Devices:
         now = rfc3339()
         condition = {"type": "Ready", "status": ready, "reason": "Test", "lastHeartbeatTime": now}
         await self._cluster.patch(node, {"status": {"conditions": [condition]}}, "status")
+        (self.off.add if ready == "Unknown" else self.off.discard)(name)
 
     async def __aexit__(self, *_: object) -> None:
         """Remove the nodes."""
@@ -53,6 +56,8 @@ class Devices:
     async def run_pods(self) -> None:
         """Start what waits on the nodes and let end what was told to."""
         for pod in await self.pods():
+            if node_of(pod) in self.off:
+                continue
             try:
                 if "deletionTimestamp" in pod["metadata"]:
                     path = POD.path(self._namespace, pod["metadata"]["name"])

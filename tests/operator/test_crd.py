@@ -210,6 +210,12 @@ def test_edge_namespace_cannot_change(hats: Hats, value: Any) -> None:
     assert "edge.clusterRef.namespace: cannot be changed" in message
 
 
+def test_the_longest_key_of_a_label(hats: Hats) -> None:
+    labels = {f"{'a' * 249}.dev/{'b' * 63}": "true"}
+    found = hats.create(hat_deployment(edge={"deviceSelector": {"matchLabels": labels}}))
+    assert found["spec"]["edge"]["deviceSelector"]["matchLabels"] == labels
+
+
 def test_everything_else_can_change(hats: Hats) -> None:
     live = hats.create(two_clusters())
     for changes in (

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from hat_operator import names
+from hat_operator import metrics, names
 from hat_operator.admin import Doors
 from hat_operator.cluster import Cluster
 from hat_operator.denied_push import DeniedPush
@@ -40,7 +40,7 @@ from hat_runtime.security.spiffe import CLOUD, DEVICE, SpiffeId
 from tests.harness.controlplane import ControlPlane
 from tests.harness.release import Helm
 from tests.operator.devices import Devices
-from tests.operator.home import Home, inline, remote, store_kubeconfig
+from tests.operator.home import SELECTOR, Home, inline, remote, store_kubeconfig
 
 SETTINGS = Settings(version="9.9")
 Object = dict[str, Any]
@@ -216,10 +216,36 @@ async def test_new_hatdeployments_are_mutual_and_older_ones_stay_as_they_were(ho
         await asyncio.sleep(0.1)
     # As an object whose status an operator has written, and whose spec does not know the field.
     await home.create()
-    await home.cluster.patch(await home.hat(), {"status": {"observedGeneration": 1}}, "status")
+    await home.cluster.patch(await home.hat(), {"status": {"cloud": {"ready": 1}}}, "status")
     await home.reconcile()
     assert (await home.hat())["spec"]["security"]["tls"] == "off"
     assert "IdentitiesSigned" not in await home.conditions()
+
+
+async def test_one_that_was_invalid_at_first_is_mutual_once_it_is_mended(home: Home) -> None:
+    twice = [{"name": "a", "arch": "amd64"}, {"name": "b", "arch": "amd64"}]
+    await home.create(edge={**SELECTOR, "images": twice})
+    await home.reconcile()
+    assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
+    await home.patch(edge={"images": twice[:1]})
+    await home.reconcile()
+    assert (await home.hat())["spec"]["security"]["tls"] == "mutual"
+    (deployment,) = await home.deployments()
+    (cloud,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert "--tls" in cloud["args"]
+
+
+async def test_what_the_operator_cannot_add_is_told(home: Home) -> None:
+    reconciler(home, Settings(version="9.9", identities=False))  # writes tls: off
+    await home.create(security={"deniedDevices": ["stolen"]})
+    assert await home.reconcile() is None
+    assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
+    (message,) = {item["message"] for item in (await home.hat())["status"]["conditions"]}
+    assert "security.deniedDevices: without certificates nobody can tell devices apart" in message
+    await home.patch(security={"deniedDevices": []})
+    await home.reconcile()
+    assert (await home.hat())["spec"]["security"]["tls"] == "off"
+    assert (await home.conditions())["Ready"][1] != "InvalidSpec"
 
 
 async def test_device_and_cloud_get_certificates_that_the_runtime_takes(world: World) -> None:
@@ -342,6 +368,36 @@ async def test_who_leaves_the_fleet_is_refused_and_gets_no_more(world: World) ->
     assert await world.denied() == {"version": 3, "denied": []}
 
 
+async def test_the_list_is_pushed_whatever_becomes_of_other_objects(home: Home) -> None:
+    identities, authorities = reconciler(home)
+    push = DeniedPush(home.cluster, [home.namespace], Doors(SETTINGS, authorities), 60.0, lambda *_: None)
+    identities._push = push
+    await home.create(observability={"podMonitor": "enabled"})  # an API that this cluster does not have
+    await home.reconcile()
+    await home.patch(security={"deniedDevices": ["stolen"]})
+    await home.reconcile()
+    assert (await home.conditions())["CloudReady"] == ("False", "ApplyNotFound")
+    assert [one.name for one in push._lists[home.namespace, "chat"].identities] == ["stolen"]
+    assert (await home.events())["DevicesDenied"] == "Warning"
+
+
+async def test_an_invalid_spec_holds_up_neither_certificates_nor_denials(world: World) -> None:
+    device = await world.device()
+    push = DeniedPush(
+        world.home.cluster, [world.home.namespace], Doors(SETTINGS, world.authorities), 60.0, lambda *_: None
+    )
+    world.identities._push = push
+    twice = [{"name": "a", "arch": "amd64"}, {"name": "b", "arch": "amd64"}]
+    await world.home.patch(edge={"images": twice}, security={"deniedDevices": ["stolen"]})
+    with device.running():
+        await world.until(lambda: device.serial, "the device has a certificate")
+    assert (await world.home.conditions())["Ready"] == ("False", "InvalidSpec")
+    assert (await world.denied())["version"] == 1
+    assert [one.name for one in push._lists[world.home.namespace, "chat"].identities] == ["stolen"]
+    assert (await world.home.events())["DevicesDenied"] == "Warning"
+    assert len(await world.devices.pods()) == 2
+
+
 async def test_a_cloud_gets_the_list_at_once_and_from_nobody_else(world: World, unused_tcp_port: int) -> None:
     """The real admin port, with the certificate that the operator has signed for the replica."""
     replica = await world.replica()
@@ -382,6 +438,15 @@ async def test_a_cloud_gets_the_list_at_once_and_from_nobody_else(world: World, 
                         await session.get(door.at("/v1/denied"), **options)
                     with pytest.raises(aiohttp.ClientError):
                         await session.get(door.at("/v1/denied"), ssl=False)
+                # The ConfigMap is lost, and the list that is written anew has the version of the pod's.
+                failed = metrics.DENIED_PUSHES.labels("failed")._value.get()
+                lost = await world.home.cluster.get(CONFIG_MAP, "chat-cloud-denied", world.home.namespace)
+                assert lost is not None
+                await world.home.cluster.delete({"apiVersion": "v1", "kind": "ConfigMap", **lost})
+                await world.home.patch(security={"deniedDevices": ["node-z"]})
+                await world.until(lambda: access.denied.current.version == 11, "the list is there")
+                assert [identity.name for identity in access.denied.current.identities] == ["node-z"]
+                assert metrics.DENIED_PUSHES.labels("failed")._value.get() > failed
             finally:
                 running.cancel()
 

@@ -14,6 +14,8 @@ from hat_operator.kinds import (
     DEPLOYMENT,
     HATDEPLOYMENT,
     NETWORK_POLICY,
+    NODE,
+    POD,
     SERVICE,
 )
 from tests.harness.controlplane import ControlPlane
@@ -124,6 +126,31 @@ async def test_blue_green(home: Home) -> None:
     assert (await home.hat())["status"]["cloud"]["revision"] == new_revision
 
 
+async def test_the_revision_that_serves_survives_a_replica_that_is_not_ready_for_a_moment(home: Home) -> None:
+    await home.create(edge=SELECTOR)
+    await home.reconcile()
+    (deployment,) = await home.deployments()
+    old = str(rollout.revision_of(deployment))
+    await home.serve(old)
+    await home.reconcile()
+    await home.patch(runtime={"version": "no-such-tag"})
+    await home.reconcile()
+    for ready in ("False", "True"):
+        (pod,) = await home.cluster.list(POD, home.namespace, f"{names.LABEL_REVISION}={old}")
+        conditions = [{"type": "Ready", "status": ready}]
+        await home.cluster.patch(pod, {"status": {"conditions": conditions}}, "status")
+        deadline = time.monotonic() + 30
+        while rollout.ready_replicas(
+            await home.cluster.get(DEPLOYMENT, f"chat-cloud-{old}", home.namespace)
+        ) != (ready == "True"):
+            assert time.monotonic() < deadline
+        await home.reconcile()
+        assert await selected(home) == old
+        assert (await daemonset(home))["metadata"]["labels"][names.LABEL_REVISION] == old
+        assert (await home.conditions())["Progressing"] == ("True", "NewRevisionStarting")
+        assert (await home.conditions())["CloudReady"][0] == ready
+
+
 async def test_a_switch_under_devices_leaves_each_the_service_of_its_revision(home: Home) -> None:
     async with Devices(home.cluster, home.namespace, 2) as devices:
         await switch(home, devices)
@@ -208,6 +235,57 @@ async def test_devices_of_another_cluster(
     (found,) = await edge.list(DAEMONSET, namespace)
     assert "ownerReferences" not in found["metadata"]
     assert hat["status"]["cloud"]["endpoint"] in str(found["spec"])
+    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
+    assert await home.reconcile() is None
+    assert await edge.list(DAEMONSET, namespace) == []
+    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+
+
+async def test_nodes_that_cannot_be_listed_hold_up_nothing_else(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Devices(home.cluster, home.namespace, 1) as devices:
+        await home.create(edge={"deviceSelector": {"matchLabels": devices.labels}})
+        await home.reconcile()
+        (old,) = await home.deployments()
+        await home.serve(str(rollout.revision_of(old)))
+        await devices.run_pods()
+        await home.reconcile()
+        before = (await home.hat())["status"]["devices"]
+        assert [row["phase"] for row in before] == ["Ready"]
+        listed = home.cluster.list
+
+        async def refused(kind: Any, namespace: Any = None, selector: str = "", **others: Any) -> Any:
+            # As of a selector that a CRD without the rule for keys has let in.
+            return await listed(
+                kind, namespace, "hat dev/device=true" if kind is NODE else selector, **others
+            )
+
+        monkeypatch.setattr(home.cluster, "list", refused)
+        await home.patch(cloud={"replicas": 2})
+        await home.reconcile()
+        assert (await home.conditions())["EdgeReady"] == ("False", "ReadRequestFailed")
+        (deployment,) = await home.deployments()
+        assert deployment["spec"]["replicas"] == 2
+        assert (await home.hat())["status"]["devices"] == before
+        assert len(await devices.pods()) == 1
+        monkeypatch.undo()
+        await home.reconcile()
+        assert (await home.conditions())["EdgeReady"] == ("True", "DevicesReady")
+
+
+async def test_deletion_of_an_invalid_one_leaves_nothing_at_the_site(
+    home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
+) -> None:
+    edge, namespace = site
+    await store_kubeconfig(home, inline(edge_plane))
+    await home.create(**remote(namespace))
+    await home.reconcile()
+    twice = [{"name": "a", "arch": "amd64"}, {"name": "b", "arch": "amd64"}]
+    await home.patch(edge={"images": twice})
+    await home.reconcile()
+    assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
+    assert await edge.list(DAEMONSET, namespace) != []
     await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
     assert await home.reconcile() is None
     assert await edge.list(DAEMONSET, namespace) == []

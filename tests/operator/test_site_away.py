@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from hat_operator import sites
+from hat_operator import names, rollout, sites
 from hat_operator.children import Children
 from hat_operator.cluster import Cluster
-from hat_operator.kinds import DAEMONSET, HATDEPLOYMENT, SECRET
+from hat_operator.devices import node_of
+from hat_operator.kinds import DAEMONSET, HATDEPLOYMENT, SECRET, SERVICE
 from hat_operator.spec import HatDeployment
 from tests.harness.controlplane import ControlPlane
 from tests.operator.devices import Devices
@@ -131,6 +132,45 @@ async def test_refused_credentials_and_a_missing_secret_leave_both_sides_alone(
     assert await reason() == "Reachable"
 
 
+async def test_one_address_for_all_revisions_stays_with_devices_that_cannot_be_updated(
+    home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
+) -> None:
+    _, namespace = site
+    good = inline(edge_plane)
+
+    async def selected() -> str:
+        service = await home.cluster.get(SERVICE, "chat-cloud", home.namespace)
+        assert service is not None
+        return str(service["spec"]["selector"][names.LABEL_REVISION])
+
+    await store_kubeconfig(home, good)
+    one_address = {"expose": {"type": "LoadBalancer", "host": "cloud.example.com"}}
+    await home.create(**{**remote(namespace), "cloud": one_address})
+    await home.reconcile()
+    old = await selected()
+    await home.serve(old)
+    await home.reconcile()
+    await store_kubeconfig(home, good.replace(edge_plane._credentials.admin, "no-such-token"))
+    await home.patch(split={"inputLayers": 4})
+    await home.reconcile()
+    (new,) = {str(rollout.revision_of(item)) for item in await home.deployments()} - {old}
+    await home.serve(new)
+    await home.reconcile()
+    assert await selected() == old
+    assert len(await home.deployments()) == 2
+    (progressing,) = [
+        item["message"]
+        for item in (await home.hat())["status"]["conditions"]
+        if item["type"] == "Progressing"
+    ]
+    assert progressing == f"revision {new} starts; {old} serves until the devices' cluster answers"
+    await store_kubeconfig(home, good)
+    await home.reconcile()
+    assert await selected() == new
+    await home.cluster.delete(await home.hat())
+    assert await home.reconcile() is None
+
+
 async def test_a_site_that_is_gone_for_good_holds_deletion_up_for_the_documented_time(
     home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
 ) -> None:
@@ -174,6 +214,46 @@ async def test_a_lost_device_keeps_its_pod_and_row_and_comes_back(home: Home) ->
         await devices.run_pods()
         await home.reconcile()
         assert await phases(home) == {"Ready": 2}
+
+
+async def test_a_device_that_is_off_stops_no_update(home: Home) -> None:
+    async with Devices(home.cluster, home.namespace, 3) as devices:
+        allowed: list[int | str] = []
+
+        async def updated(count: int) -> None:
+            """Wait until that many devices are to have a pod, and have one of the present template that is ready."""
+            deadline = time.monotonic() + 40
+            while time.monotonic() < deadline:
+                await home.reconcile()
+                await devices.run_pods()
+                (found,) = await home.cluster.list(DAEMONSET, home.namespace)
+                allowed.append(found["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"])
+                status = found["status"]
+                seen = status.get("observedGeneration") == found["metadata"]["generation"]
+                fields = ("desiredNumberScheduled", "updatedNumberScheduled", "numberReady")
+                if seen and {status.get(field, 0) for field in fields} == {count}:
+                    return
+                await asyncio.sleep(0.1)
+            pytest.fail(f"{count} are not updated: {status}; allowed were {allowed}")
+
+        await home.create(edge={"deviceSelector": {"matchLabels": devices.labels}})
+        await updated(3)
+        off = devices.nodes[0]
+        await devices.report(off, "Unknown")
+        for pod in await devices.pods():
+            if node_of(pod) == off:  # as the node controller does
+                status = {"conditions": [{"type": "Ready", "status": "False"}]}
+                await home.cluster.patch(pod, {"status": status}, "status")
+        await updated(2)  # Kubernetes starts no pods there
+        assert set(allowed) == {"10%"}
+        await home.patch(observability={"logLevel": "debug"})
+        await updated(2)
+        assert 2 in allowed
+        allowed.clear()
+        await updated(2)
+        await devices.report(off, "True")
+        await updated(3)
+        assert set(allowed) == {"10%"}
 
 
 async def phases(home: Home) -> dict[str, int]:

@@ -46,6 +46,20 @@ WRONG = {
         {"spec.edge": {"deviceSelector": {"matchLabels": {}}}},
         ("spec.edge.deviceSelector.matchLabels", "should have at least 1 properties"),
     ),
+    **{
+        f"label-key-{what}": Wrong(
+            {"spec.edge": {"deviceSelector": {"matchLabels": {key: "true"}}}},
+            ("edge.deviceSelector.matchLabels: a label's key is a name",),
+        )
+        for what, key in {
+            "space": "hat dev/device",
+            "name-long": "hat.dev/" + "a" * 64,
+            "prefix-long": "a" * 254 + "/b",
+            "two-slashes": "a/b/c",
+            "upper-prefix": "Hat.dev/device",
+            "empty-name": "hat.dev/",
+        }.items()
+    },
     "no-secret": Wrong(
         {"spec.edge.clusterRef.kubeconfigSecretRef": {}},
         ("spec.edge.clusterRef.kubeconfigSecretRef.name: Required value",),

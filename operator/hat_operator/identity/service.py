@@ -77,13 +77,20 @@ class Identities:
             cloud.live[key_of(live)] = live
         before = Denials.read({} if live is None else live.get("data", {}))
         found = None if nodes is None else [node["metadata"]["name"] for node in nodes]
-        ahead = 0 if self._push is None else self._push.ahead(hat.namespace, hat.name)
-        after = before.next(hat, self._settings, found, time.time(), ahead)
+        least = 0 if self._push is None else self._push.least(hat.namespace, hat.name)
+        after = before.next(hat, self._settings, found, time.time(), least)
         return Looked(await self._sign(body, hat, site), before, after)
 
-    async def published(self, body: Object, hat: HatDeployment, looked: Looked) -> None:
-        """The ConfigMap holds the list: now the pods get it, and an event says who is refused."""
+    async def published(self, body: Object, hat: HatDeployment, looked: Looked, cloud: Children) -> None:
+        """If the ConfigMap holds the list, whatever became of other objects, the pods get it and an event says who is
+        refused.
+
+        Not before: a version that is pushed and not kept would be given to another list.
+        """
         if looked.before is None or looked.after is None:
+            return
+        kept = cloud.live.get((CONFIG_MAP.name, names.cloud_denied(hat)), {}).get("data", {})
+        if Denials.read(kept).listed != looked.after.listed:
             return
         if self._push is not None:
             self._push.want(hat.namespace, hat.name, looked.after.listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hat_operator import names
@@ -17,7 +18,12 @@ DEFAULT_MEMORY = "2Gi"
 
 
 def daemonsets(
-    hat: HatDeployment, edge: Edge, settings: Settings, revision: str, endpoint: str
+    hat: HatDeployment,
+    edge: Edge,
+    settings: Settings,
+    revision: str,
+    endpoint: str,
+    unavailable: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """One for each of edge.images; without any, one for all devices.
 
@@ -27,9 +33,15 @@ def daemonsets(
         settings: say where images come from.
         revision: that of the cloud behind `endpoint`.
         endpoint: HOST:PORT that devices dial.
+        unavailable: how many devices may be without a ready pod during an update, by the DaemonSet's name.
     """
     images: tuple[EdgeImage | None, ...] = edge.images or (None,)
-    return [_daemonset(hat, edge, settings, revision, endpoint, image) for image in images]
+    found = [_daemonset(hat, edge, settings, revision, endpoint, image) for image in images]
+    for daemonset in found:
+        most = unavailable.get(daemonset["metadata"]["name"], "10%")
+        rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": most}}
+        daemonset["spec"]["updateStrategy"] = rolling
+    return found
 
 
 def _daemonset(
@@ -55,7 +67,6 @@ def _daemonset(
         "metadata": metadata,
         "spec": {
             "revisionHistoryLimit": 2,
-            "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": "10%"}},
             "selector": {"matchLabels": selector},
             "template": {"metadata": marks, "spec": pod},
         },

@@ -44,9 +44,12 @@ def test_nobody_has_left_who_cannot_be_seen() -> None:
 
 
 def test_a_pod_with_another_list_is_overtaken() -> None:
-    found = Denials().next(hat(), SETTINGS, ["a"], 0.0, above=7)
+    found = Denials().next(hat(), SETTINGS, ["a"], 0.0, least=8)
     assert found.listed.version == 8
-    assert found.next(hat(), SETTINGS, ["a"], 1.0, above=7) == found
+    assert found.next(hat(), SETTINGS, ["a"], 1.0, least=8) == found
+    # The pod's has the same version and other entries.
+    assert found.next(hat(), SETTINGS, ["a"], 2.0, least=9).listed.version == 9
+    assert found.next(hat(), SETTINGS, [], 2.0, least=8).listed.version == 9
 
 
 def test_a_new_process_goes_on_where_the_last_one_was() -> None:

@@ -208,6 +208,9 @@ def test_pods_wait_for_a_device_that_is_away() -> None:
         {"key": "x", "operator": "Exists"},
     ]
     assert thing["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
+    with_one_off = one(desired(hat(), unavailable={"chat-edge-cpu": 2}).edge, "DaemonSet")
+    assert with_one_off["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": 2}
+    assert with_one_off["spec"]["template"] == daemonset()["spec"]["template"]
 
 
 @pytest.mark.parametrize(

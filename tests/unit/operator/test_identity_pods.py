@@ -157,8 +157,9 @@ def test_settings_are_read() -> None:
             "HAT_OPERATOR_TRUST_DOMAIN": "a.example",
             "HAT_OPERATOR_CERTIFICATE_SECONDS": "60",
             "HAT_OPERATOR_API_PORTS": "443, 16443",
-            "HAT_OPERATOR_API_CIDRS": "10.0.0.0/8",
+            "HAT_OPERATOR_API_CIDRS": "10.0.0.0/8,192.0.2.10/24, 2001:db8::1/64",
         }
     )
     assert (found.identities, found.trust_domain, found.certificate_s) == (False, "a.example", 60)
-    assert (found.api_ports, found.api_cidrs) == ((443, 16443), ("10.0.0.0/8",))
+    assert found.api_ports == (443, 16443)
+    assert found.api_cidrs == ("10.0.0.0/8", "192.0.2.0/24", "2001:db8::/64")

@@ -106,6 +106,14 @@ def deployment(revision: str, ready: int, wanted: int = 2, seen: int = 1) -> dic
     }
 
 
+def served(revision: str, ready: int) -> dict[str, Any]:
+    """One whose replicas have all been ready."""
+    found = deployment(revision, ready)
+    reached = {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"}
+    found["status"]["conditions"] = [{"type": "Available", "status": "False"}, reached]
+    return found
+
+
 def service(revision: str) -> dict[str, Any]:
     return {"spec": {"selector": {"hat.dev/revision": revision}}}
 
@@ -118,6 +126,12 @@ def service(revision: str) -> dict[str, Any]:
         (deployment("new", 1), deployment("old", 2), "old", "old"),
         (deployment("new", 2), deployment("old", 2), "old", "new"),
         (deployment("new", 1), deployment("old", 0), "old", None),
+        (deployment("new", 0), deployment("old", 0), "old", None),
+        # All of its replicas restart at once, and nobody knows yet whether the new one ever starts.
+        (deployment("new", 0), served("old", 0), "old", "old"),
+        (None, served("old", 0), "old", "old"),
+        (deployment("new", 1), served("old", 0), "old", None),
+        (deployment("new", 2), served("old", 0), "old", "new"),
         # A replica of the serving revision that restarts is no reason to go back.
         (deployment("new", 1), deployment("old", 2), "new", "new"),
         (deployment("new", 0, wanted=0), deployment("old", 2), "old", "new"),
@@ -128,6 +142,27 @@ def test_serving_revision(new: Any, old: Any, selected: str | None, expected: st
     deployments = {name: obj for name, obj in (("new", new), ("old", old)) if obj is not None}
     found = None if selected is None else service(selected)
     assert serving_revision("new", deployments, found) == expected
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "selected", "expected"),
+    [
+        (deployment("new", 2), None, None, "new"),
+        (deployment("new", 2), None, "new", "new"),
+        (deployment("new", 2), None, "old", "new"),
+        (deployment("new", 2), deployment("old", 1), "old", "old"),
+        (deployment("new", 2), deployment("old", 0), "old", "new"),
+        (deployment("new", 2), served("old", 0), "old", "old"),
+        (deployment("new", 1), served("old", 0), "old", "old"),
+        (served("new", 0), served("old", 2), "new", "new"),
+    ],
+)
+def test_devices_that_cannot_follow_keep_their_revision(
+    new: Any, old: Any, selected: str | None, expected: str | None
+) -> None:
+    deployments = {name: obj for name, obj in (("new", new), ("old", old)) if obj is not None}
+    found = None if selected is None else service(selected)
+    assert serving_revision("new", deployments, found, devices_follow=False) == expected
 
 
 def test_a_deployment_is_done_once_its_controller_has_seen_it() -> None:

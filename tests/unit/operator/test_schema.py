@@ -275,6 +275,13 @@ def test_any_model_goes_with_a_draft_model_and_without_devices() -> None:
     assert problems(SCHEMA, alone) == []
 
 
+def test_the_longest_key_of_a_label() -> None:
+    longest = f"{'a' * 249}.dev/{'b' * 63}"
+    for key, wrong in ((longest, False), (f"a{longest}", True), (f"{longest}b", True)):
+        found = body(edge={"deviceSelector": {"matchLabels": {key: "true"}}})
+        assert bool(problems(SCHEMA, found)) == wrong
+
+
 @pytest.mark.parametrize("name", ["a" * 41, "Chat", "1st", "ends-"])
 def test_names_that_services_cannot_have(name: str) -> None:
     found = body()

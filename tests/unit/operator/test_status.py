@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hat_operator import status
-from hat_operator.devices import MAX_ROWS, fleet, revisions_in_use
+from hat_operator.devices import MAX_ROWS, fleet, revisions_in_use, unavailable
 from hat_operator.spec import HatDeployment
 from hat_operator.status import CloudSeen, EdgeSeen, MetricsSeen, Problem
 from tests.unit.operator.bodies import body
@@ -88,6 +88,30 @@ def test_rows_are_bounded_and_show_the_trouble_first() -> None:
 def test_old_revisions_are_in_use_on_devices_that_answer() -> None:
     pods = [pod("a", revision="old"), pod("b", revision="gone"), pod("c", revision="new")]
     assert revisions_in_use(pods, [node("a"), node("b", "Unknown"), node("c")]) == {"old", "new"}
+
+
+def test_devices_that_are_off_leave_a_tenth_of_the_others_to_an_update() -> None:
+    def kind(name: str, thing: dict[str, Any]) -> dict[str, Any]:
+        thing["metadata"].setdefault("labels", {})["hat.dev/image"] = name
+        return thing
+
+    def allowed(updated: int, *off: str, wanted: int = 12) -> dict[str, int]:
+        status = {"desiredNumberScheduled": wanted, "updatedNumberScheduled": updated}
+        daemonset = kind("pc", {"metadata": {"name": "chat-edge-pc"}, "status": status})
+        nodes = [node(name, "Unknown" if name in off else "True") for name in ("o", *names)]
+        return unavailable([daemonset], pods, nodes)
+
+    names = [f"n{index}" for index in range(12)]
+    pods = [kind("pc", pod(name)) for name in names] + [kind("orin", pod("o"))]
+    assert allowed(3, "n0") == {"chat-edge-pc": 1 + 2}
+    # Kubernetes does not count those that are off, as soon as they are tainted.
+    assert allowed(3, "n0", "n1", "n2", wanted=9) == {"chat-edge-pc": 3 + 1}
+    assert allowed(3, *names) == {"chat-edge-pc": 12}
+    # A tenth of all is the same; another DaemonSet's device; nothing to update; nobody knows.
+    assert allowed(3) == allowed(3, "o") == allowed(12, "n0") == allowed(11, "n0", wanted=11) == {}
+    waiting = {"desiredNumberScheduled": 12}
+    assert unavailable([kind("pc", {"metadata": {"name": "d"}, "status": waiting})], pods, None) == {}
+    assert unavailable([kind("pc", {"metadata": {"name": "d"}})], pods, [node("n0", "Unknown")]) == {}
 
 
 def test_all_ready() -> None:
