@@ -18,8 +18,8 @@ NAME, OTHER = "rolling", "resting"
 SMALL = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "3Gi"}}
 RETRY_S = 240.0
 ASK_AGAIN = ("Connection refused", "No route to host", "<urlopen error timed out>", '"code":"shutting_down"')
-"""Signs of a request that no device has accepted: the connection never came about (of an answer that does not come urllib
-says TimeoutError), or an answer with status 503 and Retry-After."""
+"""Signs of a request that no device has accepted: no connection came about (where an answer does not come, urllib says
+TimeoutError), or an answer with status 503 and Retry-After."""
 
 
 @pytest.fixture(scope="module")
