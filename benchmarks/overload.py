@@ -296,11 +296,11 @@ async def _measure(
     quotas.write_text(json.dumps({"tenants": {GREEDY: half, MODEST: half}}))
     await asyncio.sleep(3.0)  # the cloud looks at the file every 2 s
     with_quotas = await load.run(f"3 x, {half['sessions']} sessions each", devices, args.seconds)
-    tenth, half = max(1, len(load.memory) // 10), len(load.memory) // 2
+    tenth, middle = max(1, len(load.memory) // 10), len(load.memory) // 2
     memory = Memory(
         len(load.memory) / 60,
         statistics.median(load.memory[:tenth]),
-        statistics.median(load.memory[half : half + tenth]),
+        statistics.median(load.memory[middle : middle + tenth]),
         statistics.median(load.memory[-tenth:]),
         max(load.memory),
     )
