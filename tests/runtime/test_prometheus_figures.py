@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import urllib.request
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ async def test_what_prometheus_tells_is_what_the_cloud_tells(
         servers = PrometheusServers(no_secrets)
         assert servers.use(KEY, Reference(prometheus.url))
         # Short and long, alone and together: the cost model tells them apart, the link's rate is known.
-        for number in range(8):
-            await asyncio.gather(ask(pair, 6 + 9 * number), ask(pair, 20))
+        for number in count():
+            if number >= 8 and pair.device.generator.link.estimate.uplink_bytes_per_s:
+                break  # on a busy machine loopback's rate shows only after some more
+            await asyncio.gather(ask(pair, 6 + 9 * (number % 8)), ask(pair, 20))
         tell_once_more(pair)
         while (await asyncio.to_thread(listed, pair)).reports[0].seen.rtt_s != rtt_of(pair):
             await asyncio.sleep(0.05)  # until the cloud has read it
