@@ -11,11 +11,16 @@ and cloud on one machine do not take the cores from each other (docs/decisions/0
 GRPC_EXPERIMENTS = "tcp_rcv_lowat,tcp_frame_size_tuning"
 """gRPC wakes up for a large part of a message, not for each packet (docs/decisions/0008-few-wake-ups.md)."""
 
+ONEDNN_PRIMITIVES = "128"
+"""How many kernels torch's oneDNN keeps, each for one number of rows: passes have any, and with its 1,024 a cloud's memory
+grows for hours. To prepare one again costs nothing that could be measured (docs/decisions/0021-hardening.md)."""
+
 
 def tune_libraries() -> None:
     """Set what torch and gRPC read from the environment when they are imported; what is set already stays."""
     os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
     os.environ.setdefault("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRIMITIVES)
 
 
 def spare_collector() -> None:

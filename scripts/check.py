@@ -43,7 +43,7 @@ TOOLS = (
 )
 
 PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
-"""Most of these tests wait for a timer, a link or another process: one for each core, while memory lasts."""
+"""A file of tests for each core at a time, up to four: most of the runtime's tests wait for a timer or a process."""
 
 CHECKS = (
     # Elsewhere the tests that need them build them, or skip.
@@ -52,7 +52,12 @@ CHECKS = (
     Check("lint", (str(BIN / "ruff"), "check", ".")),
     Check("imports", (str(BIN / "lint-imports"), "--no-logo")),
     Check("types", (str(BIN / "mypy"),), limit_s=600),
-    Check("unit", (PYTHON, "-m", "pytest", "tests/unit", "-m", "not long"), limit_s=600, is_pytest=True),
+    Check(
+        "unit",
+        (PYTHON, "-m", "pytest", "tests/unit", "-m", "not long", *PARALLEL),
+        limit_s=600,
+        is_pytest=True,
+    ),
     Check(
         "runtime",
         (PYTHON, "-m", "pytest", "tests/runtime", "-m", "not long", *PARALLEL),
