@@ -12,8 +12,8 @@ GRPC_EXPERIMENTS = "tcp_rcv_lowat,tcp_frame_size_tuning"
 """gRPC wakes up for a large part of a message, not for each packet (docs/decisions/0008-few-wake-ups.md)."""
 
 ONEDNN_PRIMITIVES = "128"
-"""How many kernels torch's oneDNN keeps, each for one number of rows: passes have any, and with its 1,024 a cloud's memory
-grows for hours. To prepare one again costs nothing that could be measured (docs/decisions/0021-hardening.md)."""
+"""Kernels that torch's oneDNN keeps, each for one number of rows: passes have any, and with its 1,024 a cloud's memory
+grows for hours. To make one again costs nothing that could be measured (docs/decisions/0021-hardening.md)."""
 
 
 def tune_libraries() -> None:
