@@ -399,7 +399,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--target-factor",
         type=float,
-        default=1.0,
+        default=0.7,
         metavar="F",
         help="--tbt-target-ms of the cloud, in 99th percentiles of a Step without load (default %(default)s)",
     )
