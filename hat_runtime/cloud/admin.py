@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -22,7 +21,7 @@ from hat_runtime.cloud.devices import DeviceTable
 from hat_runtime.cloud.documents import DocumentStore, OlderDocument
 from hat_runtime.cloud.policy import PolicyStore
 from hat_runtime.errors import FieldError
-from hat_runtime.security.folder import identity_of
+from hat_runtime.security.folder import identity_of, why_not_valid
 from hat_runtime.security.https import client_certificate
 from hat_runtime.security.spiffe import OPERATOR, IdentityError
 
@@ -95,8 +94,8 @@ def operators_only(app: ASGIApp, access: Access) -> ASGIApp:
             certificate = client_certificate(scope)
             identity = identity_of(certificate)
             reason = access.why_not(identity, certificate.serial_number, OPERATOR)
-            if datetime.now(UTC) > certificate.not_valid_after_utc:  # TLS looked when the connection began
-                reason = f"the certificate ended at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
+            if (invalid := why_not_valid(certificate)) is not None:  # TLS looked when the connection began
+                reason = f"the certificate is of no use: {invalid}"
             shown = str(identity)
         except (ValueError, IdentityError) as error:
             reason, shown = str(error), ""

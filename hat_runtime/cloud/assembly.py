@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import grpc
 import torch
@@ -39,6 +39,26 @@ class ProtocolError(Exception):
         super().__init__(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...")
         self.code = code
         self.retry_after_s = retry_after_s
+
+
+def check_step(step: pb.Step, wants: Mapping[pb.Want.ValueType, Want], limits: pb.Limits) -> None:
+    """What holds for a Step in every mode.
+
+    Args:
+        step: its first frame.
+        wants: those that the mode has, in the protocol's order.
+        limits: that devices are told.
+
+    Raises:
+        ProtocolError: names the field that is wrong, and its value.
+    """
+    if step.want not in wants:
+        names = ", ".join(want.name for want in wants.values())
+        raise ProtocolError(f"Step.want={step.want} is none of {names}")
+    if step.epoch > LAST_EPOCH:
+        raise ProtocolError(f"Step.epoch={step.epoch} is more than {LAST_EPOCH}")
+    if not 1 <= step.n <= limits.max_step_tokens:
+        raise ProtocolError(f"Step.n={step.n} is not 1 to {limits.max_step_tokens}")
 
 
 class StepAssembler:
@@ -105,12 +125,7 @@ class StepAssembler:
         return StepWork(step.epoch, step.start_pos, want, hidden, time.monotonic(), alternatives=aside)
 
     def _check_header(self, step: pb.Step) -> None:
-        if step.want not in _WANTS:
-            raise ProtocolError(f"Step.want={step.want} is none of NONE, LAST, ALL")
-        if step.epoch > LAST_EPOCH:
-            raise ProtocolError(f"Step.epoch={step.epoch} is more than {LAST_EPOCH}")
-        if not 1 <= step.n <= self._limits.max_step_tokens:
-            raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
+        check_step(step, _WANTS, self._limits)
         aside = step.alternatives
         if not aside:
             return

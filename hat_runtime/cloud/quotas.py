@@ -13,11 +13,10 @@ import yaml
 
 from hat_runtime.control.quotas import QuotaError, Quotas, parse
 from hat_runtime.errors import UsageError
+from hat_runtime.json_document import MAX_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 20
-"""Longest file; a ConfigMap holds no more either."""
 EVERY_S = 2.0
 """Between two looks at the file."""
 MAX_LABELS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from hat_runtime.cloud.assembly import LAST_EPOCH, ProtocolError
+from hat_runtime.cloud.assembly import ProtocolError, check_step
 from hat_runtime.cloud.session import StepWork, Want
 from hat_runtime.cloud.tokens import Choosing, Decoded, Tokens, Verdict
 from hat_runtime.errors import UsageError
@@ -55,12 +55,7 @@ class TokenAssembler:
         return StepWork(step.epoch, step.start_pos, _WANTS[step.want], None, time.monotonic(), tokens=work)
 
     def _check_counts(self, step: pb.Step, tokens: pb.TokenStep) -> None:
-        if step.want not in _WANTS:
-            raise ProtocolError(f"Step.want={step.want} is none of NONE, LAST")
-        if step.epoch > LAST_EPOCH:
-            raise ProtocolError(f"Step.epoch={step.epoch} is more than {LAST_EPOCH}")
-        if not 1 <= step.n <= self._limits.max_step_tokens:
-            raise ProtocolError(f"Step.n={step.n} is not 1 to {self._limits.max_step_tokens}")
+        check_step(step, _WANTS, self._limits)
         if len(tokens.ids) != step.n:
             raise ProtocolError(f"Step.tokens.ids holds {len(tokens.ids)} ids, but Step.n={step.n}")
         if tokens.drafts > step.n:

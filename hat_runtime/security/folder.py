@@ -47,13 +47,8 @@ class Material:
     """Whom a cloud with this certificate may serve."""
 
     def why_not_valid(self, now: datetime | None = None) -> str | None:
-        """None while the certificate is good; otherwise when it began or ended, in words."""
-        moment, certificate = now or datetime.now(UTC), self.certificate
-        if moment < certificate.not_valid_before_utc:
-            return f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC"
-        if moment > certificate.not_valid_after_utc:
-            return f"expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
-        return None
+        """As the function of that name."""
+        return why_not_valid(self.certificate, now)
 
 
 class TlsFolder:
@@ -158,6 +153,16 @@ class TlsFolder:
         if (reason := material.why_not_valid()) is not None:
             log.warning("%s: the certificate of %s is of no use: %s", where, identity, reason)
         return material
+
+
+def why_not_valid(certificate: x509.Certificate, now: datetime | None = None) -> str | None:
+    """None while the certificate is good; otherwise when it began or ended, in words."""
+    moment = now or datetime.now(UTC)
+    if moment < certificate.not_valid_before_utc:
+        return f"not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC"
+    if moment > certificate.not_valid_after_utc:
+        return f"expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
+    return None
 
 
 def identity_of(certificate: x509.Certificate) -> SpiffeId:

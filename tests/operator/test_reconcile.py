@@ -222,6 +222,13 @@ async def daemonset(home: Home) -> dict[str, Any]:
     return found
 
 
+async def deletion_leaves_nothing(home: Home, edge: Cluster, namespace: str) -> None:
+    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
+    assert await home.reconcile() is None
+    assert await edge.list(DAEMONSET, namespace) == []
+    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+
+
 async def test_devices_of_another_cluster(
     home: Home, site: tuple[Cluster, str], edge_plane: ControlPlane
 ) -> None:
@@ -235,10 +242,7 @@ async def test_devices_of_another_cluster(
     (found,) = await edge.list(DAEMONSET, namespace)
     assert "ownerReferences" not in found["metadata"]
     assert hat["status"]["cloud"]["endpoint"] in str(found["spec"])
-    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
-    assert await home.reconcile() is None
-    assert await edge.list(DAEMONSET, namespace) == []
-    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+    await deletion_leaves_nothing(home, edge, namespace)
 
 
 async def test_nodes_that_cannot_be_listed_hold_up_nothing_else(
@@ -286,10 +290,7 @@ async def test_deletion_of_an_invalid_one_leaves_nothing_at_the_site(
     await home.reconcile()
     assert (await home.conditions())["Ready"] == ("False", "InvalidSpec")
     assert await edge.list(DAEMONSET, namespace) != []
-    await home.cluster._request("delete", HATDEPLOYMENT.path(home.namespace, "chat"))
-    assert await home.reconcile() is None
-    assert await edge.list(DAEMONSET, namespace) == []
-    assert await home.cluster.get(HATDEPLOYMENT, "chat", home.namespace) is None
+    await deletion_leaves_nothing(home, edge, namespace)
 
 
 async def test_reasons_of_an_edge_cluster_that_cannot_be_used(
